@@ -1,0 +1,1 @@
+"""Everything that exists once. Never imports node or torch; never runs user code."""

@@ -1,0 +1,1 @@
+"""Everything on a member's machine. Never imports coordinator."""

@@ -1,0 +1,1 @@
+"""What two machines must agree on. Imports nothing from the other rooms."""

@@ -1,0 +1,261 @@
+"""JobSpec: the one description of a job, the same pydantic model for YAML, JSON and SDK.
+
+Unknown keys are an error that names the nearest valid one; a value whose engine is not built is refused with a sentence
+naming what works, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from protos import limits
+from protos.errors import ErrorCode, SpecError
+
+
+class StrategyName(StrEnum):
+    DATA_PARALLEL = "data_parallel"
+    MODEL_PARALLEL = "model_parallel"
+    PIPELINE_PARALLEL = "pipeline_parallel"
+    FEDERATED = "federated"
+    SINGLE_NODE = "single_node"
+
+
+BUILT_STRATEGIES = (StrategyName.SINGLE_NODE, StrategyName.DATA_PARALLEL)
+BUILT_LOSSES = ("cross_entropy", "mse", "l1", "bce_with_logits", "causal_lm")
+BUILT_OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
+BUILT_SCHEDULES = ("constant", "cosine", "linear", "step")
+BUILT_COMPRESSIONS = ("auto", "none", "fp16")
+BUILT_SYNC_MODES = ("auto", "step")
+BUILT_PRECISIONS = ("fp32", "bf16")
+
+_ENTRY_POINT = re.compile(r"^(?P<file>[^:]+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)$")
+
+
+def entry_point(source: str) -> tuple[str, str] | None:
+    """("model.py", "build") of "model.py:build", None when the source is not an entry point."""
+    found = _ENTRY_POINT.match(source)
+    return (found["file"], found["name"]) if found else None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Part):
+    """`source`: FILE.py:FUNCTION returning an nn.Module (with `args`), or a model file; `weights` to start from."""
+
+    source: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    input_shape: tuple[int, ...] | None = None  # of one sample, when it cannot be taken from the data
+
+
+class DataSpec(_Part):
+    source: str
+    features: str | list[str] | None = None  # array or column name(s)
+    target: str | None = None
+    test: str | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # last rows of the source, when there is no test
+    args: dict[str, Any] = Field(default_factory=dict)  # for data.py:fn and builtin:
+    sequence_length: Annotated[int, Field(gt=0)] | None = None  # text
+
+
+class OptimizerSpec(_Part):
+    """Keys beside `name` are the torch optimizer's own keyword arguments (lr, weight_decay, momentum, betas...)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+    @field_validator("name")
+    @classmethod
+    def _built(cls, name: str) -> str:
+        return _one_of(name, BUILT_OPTIMIZERS, "optimizer")
+
+
+class ScheduleSpec(_Part):
+    name: str = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    minimum_lr: Annotated[float, Field(ge=0)] = 0.0
+    every_steps: Annotated[int, Field(gt=0)] | None = None  # step: multiply by factor every so many steps
+    factor: Annotated[float, Field(gt=0)] = 0.1
+
+    @field_validator("name")
+    @classmethod
+    def _built(cls, name: str) -> str:
+        return _one_of(name, BUILT_SCHEDULES, "schedule")
+
+
+class TrainSpec(_Part):
+    loss: str = "cross_entropy"
+    optimizer: OptimizerSpec = OptimizerSpec()
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    epochs: Annotated[int, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(gt=0)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    shuffle: bool = True
+    precision: str = "fp32"
+    accumulate: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    schedule: ScheduleSpec = ScheduleSpec()
+    evaluate_every: Annotated[int, Field(gt=0)] | Literal["epoch", "end", "never"] = "epoch"
+
+    @field_validator("loss")
+    @classmethod
+    def _loss(cls, loss: str) -> str:
+        return loss if entry_point(loss) else _one_of(loss, BUILT_LOSSES, "loss", "FILE.py:FUNCTION")
+
+    @field_validator("precision")
+    @classmethod
+    def _precision(cls, precision: str) -> str:
+        return _one_of(precision, BUILT_PRECISIONS, "precision")
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", 1)
+        return self
+
+
+class SyncSpec(_Part):
+    mode: str = "auto"
+    compression: str = "auto"
+
+    @field_validator("mode")
+    @classmethod
+    def _mode(cls, mode: str) -> str:
+        return _one_of(mode, BUILT_SYNC_MODES, "sync mode")
+
+    @field_validator("compression")
+    @classmethod
+    def _compression(cls, compression: str) -> str:
+        return _one_of(compression, BUILT_COMPRESSIONS, "compression")
+
+
+class RequireSpec(_Part):
+    gpu: bool = False
+    memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    names: list[str] = Field(default_factory=list)
+
+
+class NodesSpec(_Part):
+    min: Annotated[int, Field(gt=0)] = 1
+    max: Annotated[int, Field(gt=0, le=limits.MAX_NODES_PER_JOB)] = 8
+    require: RequireSpec = RequireSpec()
+
+    @model_validator(mode="after")
+    def _order(self) -> NodesSpec:
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+class CheckpointSpec(_Part):
+    every_s: Annotated[float, Field(gt=0)] = 60.0
+    keep: Annotated[int, Field(gt=0, le=10)] = 2
+
+
+class JobSpec(_Part):
+    name: Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME_CHARACTERS)] = "job"
+    model: ModelSpec
+    data: DataSpec
+    train: TrainSpec = TrainSpec()
+    strategy: str = "auto"
+    sync: SyncSpec = SyncSpec()
+    nodes: NodesSpec = NodesSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _strategy(cls, strategy: object) -> object:
+        names = [name.value for name in BUILT_STRATEGIES]
+        if isinstance(strategy, dict):
+            raise ValueError(f"a strategy with options is not built yet: use auto or one of {', '.join(names)}")
+        if isinstance(strategy, str) and strategy != "auto":
+            return _one_of(strategy, tuple(names), "strategy", "auto")
+        return strategy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_built(cls, document: object) -> object:
+        if isinstance(document, dict) and document.get("federated") is not None:
+            raise ValueError("federated: training is not built yet; remove the section and use strategy: auto")
+        return document
+
+
+def _one_of(value: str, built: tuple[str, ...], what: str, *also: str) -> str:
+    if value in built:
+        return value
+    near = difflib.get_close_matches(value, built, 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what} {value!r} is not built{meant} What works: {', '.join((*built, *also))}")
+
+
+def parse(document: object) -> JobSpec:
+    """A JobSpec from plain dicts and lists. Raises SpecError with the path of the wrong field and the nearest key."""
+    if not isinstance(document, dict):
+        raise SpecError("a job file holds a mapping with at least model: and data:", "see examples/digits/mlp.yaml")
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        problems = [_sentence(problem) for problem in error.errors()]
+        raise SpecError("; ".join(problems[:5]), "fix the job file; nothing was submitted") from None
+
+
+def parse_text(text: str) -> JobSpec:
+    """A JobSpec from YAML or JSON text, at most limits.MAX_JOB_SPEC_BYTES."""
+    import yaml  # kept out of the import path of the daemon
+
+    if len(text.encode()) > limits.MAX_JOB_SPEC_BYTES:
+        raise SpecError(f"the job file is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
+    try:
+        return parse(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise SpecError(f"the job file is not valid YAML{place}: {problem}", "check indentation and colons") from None
+    except RecursionError:
+        raise SpecError("the job file is nested too deeply", "flatten it") from None
+
+
+def dump(spec: JobSpec) -> str:
+    """Canonical JSON of a spec: equal specs give equal text."""
+    return json.dumps(spec.model_dump(mode="json"), sort_keys=True)
+
+
+def _sentence(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join(location) or "job"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_beside(location), 1)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "missing":
+        return f"{path}: missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{path}: {message}"
+
+
+def _keys_beside(location: list[str]) -> list[str]:
+    model: type[BaseModel] = JobSpec
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        kinds = [field.annotation, *get_args(field.annotation)]
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+__all__ = ["ErrorCode", "JobSpec", "StrategyName", "dump", "entry_point", "parse", "parse_text"]

@@ -1,0 +1,105 @@
+"""What identification found out about a model. FLOPs are forward FLOPs of one sample; training is three times that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Family(StrEnum):
+    TRANSFORMER = "transformer"
+    CNN = "cnn"
+    RNN = "rnn"
+    MLP = "mlp"
+    GNN = "gnn"
+    TREE = "tree"
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    UNKNOWN = "unknown"
+
+
+class Complexity(StrEnum):
+    SMALL = "small"
+    MEDIUM = "medium"
+    LARGE = "large"
+    XLARGE = "xlarge"
+
+
+def complexity_of(parameters: int) -> Complexity:
+    """MISSION.md K4: small < 1e6 <= medium < 1e8 <= large < 1e9 <= xlarge."""
+    if parameters < 1_000_000:
+        return Complexity.SMALL
+    if parameters < 100_000_000:
+        return Complexity.MEDIUM
+    if parameters < 1_000_000_000:
+        return Complexity.LARGE
+    return Complexity.XLARGE
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    name: str
+    kind: str  # class name: Linear, Conv2d, ...
+    parameters: int
+    flops_per_sample: float
+    activation_bytes_per_sample: float  # saved for backward
+    output_bytes_per_sample: float
+    output_shape: tuple[int, ...] = ()  # without the batch dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """Needs of a training run. `source` is "layers" (exact arithmetic) or "table" (MISSION.md K4)."""
+
+    cores: float
+    memory_bytes: int
+    gpu_memory_bytes: int
+    hours: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    framework: str
+    format: str
+    family: Family
+    task: str
+    parameters: int
+    bytes: int
+    trainable: bool
+    dtypes: tuple[str, ...]
+    input_shape: tuple[int, ...] | None
+    complexity: Complexity
+    layers: tuple[LayerProfile, ...]
+    requirements: Requirements
+    confidence: float
+    unknown: tuple[str, ...] = ()
+    digest: str = ""
+    why_not: str = ""  # when not trainable: the reason and how to convert
+    peak_activation_bytes_per_sample: float = 0.0
+
+    @property
+    def flops_per_sample(self) -> float:
+        return sum(layer.flops_per_sample for layer in self.layers)
+
+    @property
+    def activation_bytes_per_sample(self) -> float:
+        return sum(layer.activation_bytes_per_sample for layer in self.layers)
+
+
+def base_requirements(parameters: int, family: Family) -> Requirements:
+    """MISSION.md K4 table, used only where the layers are unknown."""
+    gib = 1024**3
+    cores, memory_gib, gpu_gib, hours = {
+        Complexity.SMALL: (2, 4, 2, 0.5),
+        Complexity.MEDIUM: (4, 16, 8, 2.0),
+        Complexity.LARGE: (8, 32, 16, 8.0),
+        Complexity.XLARGE: (16, 64, 32, 24.0),
+    }[complexity_of(parameters)]
+    memory = float(memory_gib)
+    if family is Family.TRANSFORMER:
+        memory *= 1.5
+        gpu_gib = max(gpu_gib, 8)
+    elif family is Family.CNN:
+        gpu_gib = max(gpu_gib, 4)
+    return Requirements(float(cores), int(memory * gib), gpu_gib * gib, hours, "table")

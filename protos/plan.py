@@ -1,0 +1,134 @@
+"""The plan: what was considered, what was chosen and why, and the subtasks it is cut into. 
+
+The plan that is printed is the object that is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from protos.capacity import Capacity, LinkEstimate
+from protos.ids import NodeId, PlanId
+from protos.states import Activity, Eligibility, NodeLink
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A member as the planner sees it."""
+
+    node_id: NodeId
+    name: str
+    capacity: Capacity
+    link: NodeLink
+    eligibility: Eligibility
+    activity: Activity
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return self.link is NodeLink.CONNECTED and self.eligibility is Eligibility.OK and self.activity is Activity.IDLE
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """Members and the links between pairs; a pair is stored once under the sorted ids."""
+
+    nodes: tuple[NodeView, ...]
+    links: Mapping[tuple[NodeId, NodeId], LinkEstimate] = field(default_factory=dict)
+
+    def link(self, a: NodeId, b: NodeId) -> LinkEstimate | None:
+        return self.links.get((min(a, b), max(a, b)))
+
+
+@dataclass(frozen=True, slots=True)
+class DataProfile:
+    """What is known of a dataset before a node reads it. `rows` None: unknown until the first node reports."""
+
+    digest: str
+    rows: int | None
+    bytes: int
+    test_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CostEstimate:
+    """Predicted cost of one plan. Times s, sizes bytes. `terms` names the parts of step_s (compute, sync, codec...)."""
+
+    seconds: float
+    step_s: float
+    bytes_per_step: float
+    memory_bytes: Mapping[NodeId, int]
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(self.memory_bytes.values(), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which node is which rank and how many samples of each full global batch it takes."""
+
+    rank: int
+    node_id: NodeId
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One strategy as it was considered. Infeasible ones keep their reasons; all numbers are predictions."""
+
+    strategy: str
+    feasible: bool
+    reasons: tuple[str, ...]
+    nodes: tuple[NodeId, ...] = ()
+    seconds: float | None = None
+    step_s: float | None = None
+    bytes: float | None = None  # whole job, over all links
+    memory_bytes: int | None = None  # peak of the worst node
+    q: float = 0.0
+    residual: float = 0.0
+    visits: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSubtask:
+    type: str  # train | identify | calibrate
+    node_id: NodeId
+    rank: int
+    data_range: tuple[int, int]  # samples [from, to) of each full global batch
+    layer_range: tuple[int, int]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    stage: int = 0
+    replica: int = 0
+    synchronization: str = "none"
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationPlan:
+    rendezvous: str  # "store over the session stream"
+    network: str  # loopback or the CIDR the group binds to; "" for one rank
+    order: tuple[str, ...]
+    barriers: tuple[str, ...]
+    deadline_s: float
+    retries: int
+    compression: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    id: PlanId
+    strategy: str
+    reason: str
+    candidates: tuple[Candidate, ...]
+    subtasks: tuple[PlannedSubtask, ...]
+    coordination_plan: CoordinationPlan
+    estimate: CostEstimate
+    state: tuple[int, int, int, int]  # Q-table cell: complexity, samples, nodes, latency
+    propensity: float = 1.0
+    parameters: int = 0
+    steps: int | None = None

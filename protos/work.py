@@ -1,0 +1,172 @@
+"""What a node is asked to do and what it answers: leases, tasks, progress, outcomes. 
+
+These travel as JSON documents inside the session stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from protos.artifact import Artifact, Manifest
+from protos.errors import Blame
+from protos.ids import Digest, Fence, JobId
+from protos.jobspec import JobSpec
+from protos.states import AttemptState, Reason
+
+
+class TaskKind(StrEnum):
+    IDENTIFY = "identify"  # build the model on the meta device, profile it, describe the data
+    CALIBRATE = "calibrate"
+    TRAIN = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A committed checkpoint: manifest of model.safetensors, optimizer.safetensors and state.json."""
+
+    step: int
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One rank's share of a job. Paths are not here: the node decides where files lie."""
+
+    kind: TaskKind
+    job_id: JobId
+    fence: Fence
+    rank: int
+    world_size: int
+    strategy: str
+    spec: JobSpec
+    samples: tuple[int, ...]  # per rank, of one full global batch; sums to the batch size
+    accumulate: int = 1  # micro-batches this rank cuts its slice into
+    network: str = ""  # what the group binds to
+    compression: str = "none"
+    collective_timeout_s: float = 20.0
+    deadline_s: float = 120.0  # offered -> ready
+    code: Manifest | None = None
+    data: Manifest | None = None
+    test: Manifest | None = None
+    weights: Manifest | None = None
+    resume: Resume | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task granted to a node under a fence. Renewed by every heartbeat that names it."""
+
+    job_id: JobId
+    fence: Fence
+    rank: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One record of metrics.jsonl. `time` is Unix seconds; counts are of committed steps only."""
+
+    time: float
+    step: int
+    epoch: int
+    stage: str  # train | evaluate
+    loss: float | None
+    samples: int  # committed since the start of the job
+    accuracy: float | None = None
+    samples_per_s: float | None = None
+    bytes_sent: int | None = None
+    convergence_rate: float | None = None
+    node: str = ""
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sent at most a few times a second: the per-step records since the last one, and where the run stands."""
+
+    metrics: tuple[Metrics, ...]
+    step: int
+    steps_total: int | None
+    epoch: int
+    epochs_total: int | None
+    stage: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an attempt did not finish. `retryable` False: the same job would fail again (user code, data, NaN)."""
+
+    reason: Reason
+    blame: Blame
+    message: str
+    hint: str = ""
+    retryable: bool = False
+    last_lines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one rank really did, for the report."""
+
+    samples: int  # this rank's own share, this attempt
+    steps: int
+    seconds: float  # in the training loop
+    compute_s: float
+    sync_s: float
+    bytes_sent: int
+    peak_memory_bytes: int
+    startup_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt of one rank ended. DONE carries artifacts (rank 0) and usage, FAILED a fault."""
+
+    state: AttemptState  # DONE | FAILED
+    step: int = 0
+    samples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    artifacts: tuple[Artifact, ...] = ()
+    usage: Usage | None = None
+    fault: Fault | None = None
+    held_step: int | None = None  # a checkpoint of this step lies on the node
+    document: str = ""  # JSON result of identify and calibrate tasks
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """What a node re-presents in Hello: a lease it still works on, or whose result was not yet acknowledged."""
+
+    job_id: JobId
+    fence: Fence
+    rank: int
+    state: AttemptState
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint a node has uploaded."""
+
+    step: int
+    samples: int
+    manifest: Manifest
+
+
+__all__ = [
+    "Checkpoint",
+    "Digest",
+    "Fault",
+    "HeldLease",
+    "Lease",
+    "Metrics",
+    "Outcome",
+    "Progress",
+    "Resume",
+    "Task",
+    "TaskKind",
+    "Usage",
+]
