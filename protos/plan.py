@@ -1,4 +1,4 @@
-"""The plan: what was considered, what was chosen and why, and the subtasks it is cut into. 
+"""The plan: what was considered, what was chosen and why, and the subtasks it is cut into.
 
 The plan that is printed is the object that is executed.
 """

@@ -1,4 +1,4 @@
-"""What a node is asked to do and what it answers: leases, tasks, progress, outcomes. 
+"""What a node is asked to do and what it answers: leases, tasks, progress, outcomes.
 
 These travel as JSON documents inside the session stream.
 """
