@@ -25,6 +25,18 @@ class FamilyRate:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a calibrate task measured under the caps in force. `seconds` is what the measuring took."""
+
+    flops: Mapping[str, Rate]  # dtype -> matmul FLOP/s
+    memory_bandwidth: Rate  # bytes read and written per second by a large copy
+    families: Mapping[str, FamilyRate]  # matmul, conv, rnn, embedding, tiny
+    torch: str
+    threads: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceInfo:
     kind: str  # "cuda"
     index: int

@@ -45,6 +45,7 @@ class ErrorCode(StrEnum):
     CONFLICT = "conflict"
     STALE_FENCE = "stale_fence"
     EXHAUSTED = "exhausted"
+    CORRUPT = "corrupt"
     PORT_TAKEN = "port_taken"
     JOB_FAILED = "job_failed"
     CANCELLED = "cancelled"
@@ -77,6 +78,7 @@ TABLE: dict[ErrorCode, Surface] = {
     ErrorCode.CONFLICT: Surface("FAILED_PRECONDITION", 409, 2, False),
     ErrorCode.STALE_FENCE: Surface("ABORTED", 409, 1, False),
     ErrorCode.EXHAUSTED: Surface("RESOURCE_EXHAUSTED", 507, 1, True),
+    ErrorCode.CORRUPT: Surface("DATA_LOSS", 422, 1, True),
     ErrorCode.PORT_TAKEN: Surface("ALREADY_EXISTS", 409, 1, False),
     ErrorCode.JOB_FAILED: Surface("ABORTED", 409, 100, False),
     ErrorCode.CANCELLED: Surface("CANCELLED", 409, 103, False),

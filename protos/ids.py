@@ -32,6 +32,11 @@ def new_plan_id() -> PlanId:
     return PlanId(_random("p"))
 
 
+def new_token_id() -> str:
+    """Names a join token in lists; not its secret."""
+    return _random("t")
+
+
 def new_spool_id() -> str:
     """One per start of a node daemon: names the numbered series of messages it must have acknowledged."""
     return _random("s")

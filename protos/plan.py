@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from protos.capacity import Capacity, LinkEstimate
 from protos.ids import NodeId, PlanId
+from protos.model import ModelProfile
 from protos.states import Activity, Eligibility, NodeLink
 
 
@@ -49,6 +50,19 @@ class DataProfile:
     rows: int | None
     bytes: int
     test_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Identification:
+    """What an identify task reports: the model as it was built and the data as they were opened."""
+
+    profile: ModelProfile
+    data: DataProfile  # rows known
+    feature_shapes: Mapping[str, tuple[int, ...]]  # of one sample, by name; "features" when there is one array
+    feature_dtypes: Mapping[str, str]
+    target_shape: tuple[int, ...] | None = None
+    target_dtype: str | None = None
+    classes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,269 @@
+"""The coordinator put together: store, authority, control loop, services on their two ports, beacon and clock.
+
+`serve` runs until it is cancelled and then lets go of everything in order. Everything it needs after a kill -9 is below
+HIVE_HOME/coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from coordinator import listeners
+from coordinator.artifacts import ArtifactsService
+from coordinator.authority import Authority, open_authority
+from coordinator.beacon import Beacon
+from coordinator.blobs import BlobStore
+from coordinator.config import CoordinatorConfig
+from coordinator.control.state import Timing
+from coordinator.controller import Controller
+from coordinator.doctor import Doctor
+from coordinator.effects import Effects
+from coordinator.enrolment import EnrolmentService
+from coordinator.identification import Identifier
+from coordinator.job_folder import JobFolders
+from coordinator.jobs_service import JobsService
+from coordinator.learning import Learner
+from coordinator.membership import MembershipService
+from coordinator.placement import Placement
+from coordinator.rendezvous import Rendezvous
+from coordinator.sessions import Sessions
+from coordinator.store.protocol import Store
+from coordinator.store.sqlite import SqliteStore
+from coordinator.token_book import TokenBook
+from protos import credentials, enrol, limits, version
+from protos.announcement import CoordinatorAnnouncement
+from protos.dial import join_address
+from protos.gen import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, membership_pb2, membership_pb2_grpc
+from protos.token import Role, Token
+
+log = structlog.get_logger()
+
+TICK_S = 0.25
+_DAY_S = 86_400.0
+_COLLECT_EVERY_S = 3600.0
+_KEEP_UNREFERENCED_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a person needs to go on: printed by `hive coordinator start`."""
+
+    address: str  # of the enrolment port
+    session_port: int
+    home: Path
+    token: str
+    join: str
+
+
+def join_command(address: str, token: str, role: Role) -> str:
+    if role is Role.NODE:
+        return f"hive-node start --coordinator {address} --token {token}"
+    return f"HIVE_COORDINATOR={address} HIVE_TOKEN={token} hive nodes"
+
+
+def reachable_host(host: str) -> str:
+    """The address to tell others: the one we listen on, or for all interfaces the first that is not loopback."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        for address in addresses:
+            if address.family.name == "AF_INET" and not address.address.startswith(("127.", "169.254.")):
+                if name.startswith(("docker", "br-", "veth", "virbr")):
+                    continue
+                return str(address.address)
+    return "127.0.0.1"
+
+
+async def serve(config: CoordinatorConfig, on_ready: Callable[[Ready], None] = lambda ready: None) -> None:
+    """Run until cancelled. Raises HiveError when it cannot start (port taken, already running, disk full)."""
+    folder = config.home / "coordinator"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    async with contextlib.AsyncExitStack() as stack:
+        store = await SqliteStore.open(folder, config.database_url or None)
+        stack.push_async_callback(store.close)
+        authority = open_authority(folder)
+        async with asyncio.TaskGroup() as tasks:
+            running = await _start(config, folder, store, authority, tasks, stack)
+            on_ready(running)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                for task in list(tasks._tasks):
+                    task.cancel()
+
+
+async def _start(
+    config: CoordinatorConfig,
+    folder: Path,
+    store: Store,
+    authority: Authority,
+    tasks: asyncio.TaskGroup,
+    stack: contextlib.AsyncExitStack,
+) -> Ready:
+    blobs = BlobStore(folder / "blobs")
+    folders = JobFolders(folder / "jobs")
+    tokens = TokenBook(store)
+    sessions = Sessions()
+    learner = Learner(folder / "qtable.json")
+    await learner.catch_up(store)
+    placement = Placement(sessions, learner, random.Random())
+    identifier = Identifier(sessions, lambda digest: blobs.path(digest))
+    controller: Controller
+    rendezvous = Rendezvous(lambda job_id, fence: controller.is_current(job_id, fence))
+    effects = Effects(store, sessions, rendezvous, identifier, placement, learner, folders, blobs, tasks)
+    controller = Controller(store, placement.plan_for, effects.perform, effects.supplement, time.time, Timing())
+    effects.controller = controller
+    await controller.recover()
+    effects.take_up()
+
+    session_server = listeners.session_server(tokens.is_member)
+    session_port = listeners.bind_session(session_server, authority, config.host, config.session_port)
+    front = listeners.front_server()
+    port = listeners.bind_front(front, authority, config.host, config.port)
+    enrolment = EnrolmentService(authority, tokens, lambda: session_port)
+    membership_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, front)  # type: ignore[no-untyped-call]
+    address = join_address(reachable_host(config.host), port)
+    beacon = Beacon(_announcement(config, authority, port, session_port))
+    doctor = Doctor(
+        config.home,
+        store,
+        controller,
+        sessions,
+        learner,
+        lambda: beacon.problem if config.advertise else "",
+        address,
+        time.time(),
+    )
+    service = JobsService(
+        store,
+        controller,
+        sessions,
+        identifier,
+        placement,
+        folders,
+        blobs,
+        tokens,
+        doctor,
+        lan=lambda: _lan(beacon, controller) if config.advertise else (),
+        token_text=lambda secret: Token(authority.fingerprint, secret).text,
+        join_command=lambda token, role: join_command(address, token, role),
+    )
+    member = MembershipService(authority, controller, sessions, rendezvous, store, folders)
+    jobs_pb2_grpc.add_JobsServicer_to_server(service, session_server)  # type: ignore[no-untyped-call]
+    membership_pb2_grpc.add_MembershipServicer_to_server(member, session_server)  # type: ignore[no-untyped-call]
+    artifacts_pb2_grpc.add_ArtifactsServicer_to_server(  # type: ignore[no-untyped-call]
+        ArtifactsService(blobs), session_server
+    )
+    await _health(session_server)
+    await session_server.start()
+    stack.push_async_callback(session_server.stop, 1.0)
+    await front.start()
+    stack.push_async_callback(front.stop, 1.0)
+    if config.advertise:
+        await stack.enter_async_context(beacon)
+    await _owner_credential(config, authority, tokens, port, session_port)
+    _, secret = await tokens.create(Role.NODE, None, _DAY_S)
+    token = Token(authority.fingerprint, secret).text
+    tasks.create_task(controller.run_clock(TICK_S))
+    tasks.create_task(_collect_garbage(store, blobs))
+    log.info("coordinator is ready", address=address, session_port=session_port)
+    return Ready(address, session_port, config.home, token, join_command(address, token, Role.NODE))
+
+
+async def _health(server: Any) -> None:
+    checks: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    names = [
+        jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
+        membership_pb2.DESCRIPTOR.services_by_name["Membership"].full_name,
+        artifacts_pb2.DESCRIPTOR.services_by_name["Artifacts"].full_name,
+    ]
+    for name in ("", *names):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+def _announcement(
+    config: CoordinatorConfig, authority: Authority, port: int, session_port: int
+) -> CoordinatorAnnouncement:
+    return CoordinatorAnnouncement(
+        authority.fingerprint, port, session_port, version.PROTOCOL, version.SOFTWARE, config.name
+    )
+
+
+def _lan(beacon: Beacon, controller: Controller) -> list[dict[str, Any]]:
+    """Machines that zeroconf sees; hints only."""
+    members = controller.state.nodes
+    shown = []
+    for sighting in beacon.nodes():
+        said = sighting.announcement
+        shown.append(
+            {
+                "name": said.name,
+                "address": sighting.addresses[0] if sighting.addresses else "",
+                "id": said.id,
+                "version": said.version,
+                "cores": said.cores,
+                "memory_bytes": said.memory_bytes,
+                "gpu": said.gpu,
+                "gflops": said.gflops,
+                "joined": said.id in members,
+                "join": "" if said.id in members else "hive token create prints the command to type there",
+            }
+        )
+    return shown
+
+
+async def _owner_credential(
+    config: CoordinatorConfig, authority: Authority, tokens: TokenBook, port: int, session_port: int
+) -> None:
+    """Whoever may read this HIVE_HOME is its administrator: a credential for the CLI on this machine."""
+    path = config.home / "client" / "credential.json"
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    front_address, session_address = join_address(host, port), join_address(host, session_port)
+    with contextlib.suppress(Exception):
+        stored = credentials.load(path)
+        same = stored.ca_pem.encode() == authority.certificate_pem and await tokens.is_member(stored.id)
+        if same and stored.expires_unix_s > time.time() + 3600:
+            credentials.save(stored.at(front_address, session_address), path)
+            return
+    _, secret = await tokens.create(Role.ADMIN, 1, 300.0)
+    made = await enrol.enrol(front_address, Token(authority.fingerprint, secret), "owner")
+    credentials.save(made.at(front_address, session_address), path)
+
+
+async def _collect_garbage(store: Store, blobs: BlobStore) -> None:
+    """Blobs that no job's record names, a day after they came."""
+    while True:
+        await asyncio.sleep(_COLLECT_EVERY_S)
+        live: set[str] = set()
+        async for digests in _named(store):
+            live |= digests
+        collected = await asyncio.to_thread(blobs.collect, live, _KEEP_UNREFERENCED_S)
+        log.info("collected garbage", blobs=collected.blobs, bytes=collected.bytes)
+
+
+async def _named(store: Store) -> AsyncIterator[set[str]]:
+    import re
+
+    digest = re.compile(rb"[0-9a-f]{64}")
+    for record in await store.jobs(limit=1_000_000):
+        parts = (record.code_json, record.data_json, record.test_json, record.weights_json)
+        for document in (*parts, record.checkpoint_json, record.result_json):
+            if document:
+                yield {found.decode() for found in digest.findall(document)}
+
+
+__all__ = ["Ready", "join_command", "limits", "serve"]

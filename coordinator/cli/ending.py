@@ -1,0 +1,62 @@
+"""Waiting for a job in a terminal: progress, how it ended, and the exit code that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coordinator.cli import render
+from coordinator.cli.progress_view import ProgressView
+from coordinator.follow import Patience
+from protos.command_line import say, write_document
+from protos.errors import EXIT_DETACHED, TABLE, ErrorCode
+
+if TYPE_CHECKING:
+    from coordinator.client import Client
+
+# A job that ended with one of these never trained: the exit code is the one a refused submit would have had.
+_NEVER_TRAINED = (ErrorCode.MODEL_UNUSABLE, ErrorCode.DATA_UNUSABLE, ErrorCode.NO_PLACEMENT)
+
+
+def exit_code(job: Mapping[str, Any]) -> int:
+    """0 succeeded, 103 cancelled, 100 failed; 3 or 7 when model, data or machines were refused."""
+    match job.get("state"):
+        case "SUCCEEDED":
+            return 0
+        case "CANCELLED":
+            return TABLE[ErrorCode.CANCELLED].exit_code
+        case "FAILED":
+            for code in _NEVER_TRAINED:
+                if job.get("reason") == code.value:
+                    return TABLE[code].exit_code
+            return TABLE[ErrorCode.JOB_FAILED].exit_code
+    return TABLE[ErrorCode.UNEXPECTED].exit_code
+
+
+async def wait_with_progress(client: Client, job_id: str, after_seq: int = 0) -> dict[str, Any]:
+    """The job's document once it has ended; progress goes to stderr, across restarts of the coordinator."""
+    with ProgressView(job_id, after_seq) as view:
+        patience = Patience(on_outage=lambda error: view.say(f"{error.message}; the job goes on, trying again"))
+        return await client.wait(job_id, view.take, after_seq, patience)
+
+
+def detached(job_id: str) -> int:
+    """What Ctrl-C means while waiting: the job goes on."""
+    say(f"\ndetached; job {job_id} goes on. To follow it again: hive wait {job_id}; to stop it: hive cancel {job_id}")
+    return EXIT_DETACHED
+
+
+def finish(document: Mapping[str, Any], as_json: bool) -> int:
+    """Print the end of a job; its exit code."""
+    job = document["job"]
+    if as_json:
+        write_document(document)
+    else:
+        click.echo(render.job(job))
+        if job.get("state") == "SUCCEEDED":
+            say(f"fetch the model: hive artifacts get {job['id']} OUTDIR")
+        elif job.get("state") == "FAILED":
+            say(f"what the workers printed: hive logs {job['id']}")
+    return exit_code(job)

@@ -1,0 +1,209 @@
+"""Documents as text for people. Pure: a document in, lines out; a field that is missing is shown as a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from protos.command_line import human_bytes, human_seconds, paint, table
+
+_STATE_COLOURS = {
+    "SUCCEEDED": "green",
+    "FAILED": "red",
+    "CANCELLED": "yellow",
+    "RUNNING": "cyan",
+    "CONNECTED": "green",
+    "LOST": "red",
+}
+
+
+def state(name: str | None) -> str:
+    name = name or "-"
+    return paint(name, _STATE_COLOURS[name]) if name in _STATE_COLOURS else name
+
+
+def number(value: Any, digits: int = 4) -> str | None:
+    return None if value is None else f"{float(value):.{digits}g}"
+
+
+def clock(unix_s: float | None) -> str | None:
+    return None if not unix_s else datetime.fromtimestamp(unix_s).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def jobs(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "no jobs; submit one with hive submit JOB.yaml"
+    cells = [
+        (
+            row.get("id"),
+            row.get("name"),
+            row.get("state"),
+            row.get("message") or row.get("reason"),
+            row.get("strategy"),
+            len(row.get("nodes") or ()) or None,
+            row.get("step"),
+            number((row.get("metrics") or {}).get("loss")),
+            clock(row.get("submitted_s")),
+        )
+        for row in rows
+    ]
+    return table(["JOB", "NAME", "STATE", "WHY", "STRATEGY", "NODES", "STEP", "LOSS", "SUBMITTED"], cells)
+
+
+def job(row: Mapping[str, Any]) -> str:
+    """One job as name: value lines."""
+    metrics = row.get("metrics") or {}
+    steps = row.get("step")
+    if steps is not None and row.get("steps_total"):
+        steps = f"{steps} of {row['steps_total']}"
+    lines: list[tuple[str, Any]] = [
+        ("job", f"{row.get('id')}  {row.get('name', '')}"),
+        ("state", state(row.get("state")) + (f" ({row['reason']})" if row.get("reason") not in (None, "none") else "")),
+        ("message", row.get("message")),
+        ("hint", row.get("hint")),
+        ("blame", row.get("blame") if row.get("state") == "FAILED" else None),
+        ("strategy", row.get("strategy")),
+        ("nodes", ", ".join(str(node) for node in row.get("nodes") or ())),
+        ("steps", steps),
+        ("samples", row.get("samples")),
+        ("time", human_seconds(row.get("seconds"))),
+        *((name, number(value, 6)) for name, value in metrics.items() if isinstance(value, int | float)),
+    ]
+    for artifact in row.get("artifacts") or ():
+        lines.append(("artifact", f"{artifact['name']}  {human_bytes(artifact.get('bytes'))}"))
+    shown = [(name, value) for name, value in lines if value not in (None, "")]
+    width = max(len(name) for name, _ in shown)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown)
+
+
+def model(row: Mapping[str, Any]) -> str:
+    parts = [
+        f"{row.get('family', 'unknown')} for {row.get('task') or 'an unknown task'}",
+        f"{row.get('parameters', 0):,} parameters ({row.get('complexity', '-')})",
+        human_bytes(row.get("bytes")) or "",
+        f"{len(row.get('layers') or ())} layers",
+        f"input {tuple(row['input_shape'])}" if row.get("input_shape") else "",
+        f"{row.get('framework', '')} {row.get('format', '')}".strip(),
+    ]
+    return "model     " + ", ".join(part for part in parts if part)
+
+
+def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
+    """The choice and why, what was considered, the subtasks; with `measured`, what came of the chosen one beside it."""
+    chosen = row.get("strategy")
+    lines = [f"plan      {row.get('id')}", f"strategy  {chosen}", f"because   {row.get('reason')}", ""]
+    cells = []
+    for each in row.get("candidates") or ():
+        mark = "*" if each.get("strategy") == chosen and each.get("feasible") else ""
+        cells.append(
+            (
+                mark + str(each.get("strategy")),
+                len(each.get("nodes") or ()) or None,
+                human_seconds(each.get("seconds")),
+                human_seconds(each.get("step_s")),
+                human_bytes(each.get("bytes")),
+                human_bytes(each.get("memory_bytes")),
+                number(each.get("q"), 3),
+                each.get("visits"),
+                "; ".join(each.get("reasons") or ()),
+            )
+        )
+    lines.append(table(["CANDIDATE", "NODES", "TIME", "STEP", "BYTES", "MEMORY", "Q", "SEEN", "WHY (NOT)"], cells))
+    if measured is not None:
+        lines += ["", "measured  " + _measured(measured)]
+    subtasks = [
+        (each.get("rank"), each.get("type"), each.get("node_id"), _range(each.get("data_range")),
+         _range(each.get("layer_range")), each.get("accumulate"), each.get("synchronization"))
+        for each in row.get("subtasks") or ()
+    ]  # fmt: skip
+    lines += ["", table(["RANK", "SUBTASK", "NODE", "SAMPLES OF A BATCH", "LAYERS", "MICRO-BATCHES", "SYNC"], subtasks)]
+    coordination = row.get("coordination_plan") or {}
+    if coordination:
+        lines += [
+            "",
+            f"group     {coordination.get('rendezvous')}; deadline {human_seconds(coordination.get('deadline_s'))}, "
+            f"{coordination.get('retries')} retries",
+        ]
+    return "\n".join(lines)
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    forms = {"seconds": human_seconds, "step_s": human_seconds, "bytes": human_bytes, "memory_bytes": human_bytes}
+    parts = [
+        f"{name} {forms[name](value) if name in forms else number(value)}"
+        for name, value in measured.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    return ", ".join(parts) or "nothing yet"
+
+
+def _range(pair: Any) -> str | None:
+    return f"{pair[0]}..{pair[1]}" if pair and len(pair) == 2 else None
+
+
+def nodes(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "no nodes; on each machine: hive-node start (hive token create prints the whole command)"
+    cells = []
+    for row in rows:
+        capacity = row.get("capacity") or {}
+        gpus = capacity.get("gpus") or ()
+        activity = row.get("activity")
+        why = row.get("reason") or capacity.get("activity_reason")
+        eligibility = row.get("eligibility")
+        status = " ".join(
+            str(part) for part in (row.get("link"), eligibility if eligibility != "OK" else "", activity) if part
+        )
+        cells.append(
+            (
+                row.get("id"),
+                row.get("name"),
+                status,
+                number(capacity.get("cores")),
+                human_bytes(capacity.get("memory_bytes")),
+                f"{len(gpus)}x {gpus[0].get('name', 'GPU')}" if gpus else None,
+                _gigaflops(capacity.get("flops") or {}),
+                number(row.get("bandwidth_mbps")),
+                human_seconds(row.get("rtt_s")),
+                why,
+            )
+        )
+    headers = ["NODE", "NAME", "STATE", "CORES", "MEMORY", "GPU", "GFLOP/S", "MBIT/S", "RTT", "WHY"]
+    return table(headers, cells)
+
+
+def _gigaflops(flops: Mapping[str, Any]) -> str | None:
+    rate = flops.get("fp32", flops.get("float32")) or next(iter(flops.values()), None)
+    if isinstance(rate, Mapping):
+        rate = rate.get("p50")
+    return None if rate is None else number(float(rate) / 1e9, 3)
+
+
+def lan(rows: list[dict[str, Any]]) -> str:
+    waiting = [row for row in rows if not row.get("joined")]
+    if not waiting:
+        return "no other machines on this LAN announce themselves"
+    cells = [
+        (
+            row.get("name"),
+            row.get("address"),
+            number(row.get("cores")),
+            human_bytes(row.get("memory_bytes")),
+            row.get("gpu"),
+            number(row.get("gflops"), 3),
+            row.get("join"),
+        )
+        for row in waiting
+    ]
+    return table(["SEEN, NOT JOINED", "ADDRESS", "CORES", "MEMORY", "GPU", "GFLOP/S", "TO JOIN, TYPE THERE"], cells)
+
+
+def checks(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        mark = paint("ok  ", "green") if row.get("ok") else paint("fail", "red")
+        lines.append(f"{mark}  {row.get('name')}: {row.get('message', '')}")
+        if row.get("hint") and not row.get("ok"):
+            lines.append(f"      hint: {row['hint']}")
+    return "\n".join(lines)

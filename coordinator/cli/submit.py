@@ -1,0 +1,104 @@
+"""`hive plan` and `hive submit`: from a job file to a plan, or to a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from coordinator.cli import ending, render
+from coordinator.cli.session import connected
+from protos.command_line import human_bytes, output_option, say, write_document
+
+if TYPE_CHECKING:
+    from coordinator.bundle import Bundle
+    from coordinator.client import Client
+
+_BIG_BYTES = 64 * 1024 * 1024  # above this, hashing and sending are announced
+
+_job_file = click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path))
+_set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a value: --set train.epochs=5"
+)
+
+
+@click.command()
+@_job_file
+@_set_option
+@output_option
+def plan(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what hive would do with JOB.yaml, without doing it."""
+    bundle = _bundle(job_file, overrides)
+
+    async def work(client: Client) -> dict[str, Any]:
+        await _upload(client, bundle)
+        return await client.plan(bundle)
+
+    document = connected(work)
+    if as_json:
+        write_document(document)
+        return
+    if document.get("model"):
+        click.echo(render.model(document["model"]))
+    click.echo(render.plan(document["plan"]))
+
+
+@click.command()
+@_job_file
+@_set_option
+@click.option("--wait", is_flag=True, help="Follow it until it ends; Ctrl-C detaches.")
+@output_option
+def submit(job_file: Path, overrides: tuple[str, ...], wait: bool, as_json: bool) -> int:
+    """Train what JOB.yaml describes."""
+    bundle = _bundle(job_file, overrides)
+    accepted: list[str] = []
+
+    async def work(client: Client) -> dict[str, Any]:
+        await _upload(client, bundle)
+        document = await client.submit(bundle)
+        accepted.append(document["job"]["id"])
+        if not wait:
+            return document
+        say(f"job {accepted[0]} submitted; Ctrl-C detaches, the job goes on")
+        return await ending.wait_with_progress(client, accepted[0])
+
+    try:
+        document = connected(work)
+    except KeyboardInterrupt:
+        if not accepted:
+            raise
+        return ending.detached(accepted[0])
+    if wait:
+        return ending.finish(document, as_json)
+    if as_json:
+        write_document(document)
+    else:
+        click.echo(accepted[0])
+        say(f"follow it: hive wait {accepted[0]}")
+    return 0
+
+
+def _bundle(job_file: Path, overrides: tuple[str, ...]) -> Bundle:
+    from coordinator.bundle import bundle
+    from coordinator.jobfile import read_job
+
+    spec = read_job(job_file, overrides)
+    return bundle(spec, job_file.parent, _announced("reading"))
+
+
+async def _upload(client: Client, bundle: Bundle) -> None:
+    await client.upload(bundle, _announced("sending"))
+
+
+def _announced(verb: str) -> Any:
+    """Says every tenth of something big; nothing for what is over in a moment."""
+    last = [-1]
+
+    def announce(done: int, total: int) -> None:
+        tenth = 10 * done // max(1, total)
+        if total >= _BIG_BYTES and tenth > last[0]:
+            last[0] = tenth
+            say(f"{verb} files: {human_bytes(done)} of {human_bytes(total)}")
+
+    return announce

@@ -1,0 +1,171 @@
+"""The life of one generation of a job's group: reports, losses, holding the survivors, and what follows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.control import events as e
+from coordinator.control.state import AttemptView, Held, JobView, State, Timing
+from coordinator.control.transitions import end, to
+from protos.errors import Blame
+from protos.ids import JobId
+from protos.states import ATTEMPT_TRANSITIONS, AttemptState, JobState, Reason, StopMode
+
+Effects = list[e.Effect]
+
+
+def take_report(state: State, event: e.AttemptReported, now_s: float, timing: Timing) -> tuple[State, Effects, str]:
+    """A node's word on one rank. Only the current fence, the planned node and a forward transition count."""
+    job = state.jobs.get(event.job_id)
+    ends = event.state in (AttemptState.DONE, AttemptState.FAILED)
+    if job is None or job.ended or job.fence != event.fence:
+        if job is not None and not job.ended and event.outcome is not None and event.outcome.held_step is not None:
+            state = state.with_job(_hold(job, Held(event.node_id, event.outcome.held_step)))
+        old: Effects = (
+            [] if ends else [e.Stop(event.node_id, event.job_id, event.fence, StopMode.CANCEL, "an older group")]
+        )
+        return state, old, f"fenced off: {event.job_id} is not at fence {event.fence}"
+    attempt = next((a for a in job.attempts if a.rank == event.rank and a.node_id == event.node_id), None)
+    if attempt is None or event.state not in ATTEMPT_TRANSITIONS[attempt.state]:
+        if event.outcome is not None and event.outcome.held_step is not None:
+            state = state.with_job(_hold(job, Held(event.node_id, event.outcome.held_step)))
+        return state, [], "already known"
+    attempts = tuple(
+        replace(a, state=event.state, outcome=event.outcome or a.outcome) if a is attempt else a for a in job.attempts
+    )
+    job = replace(job, attempts=attempts)
+    if event.outcome is not None:
+        if event.outcome.held_step is not None:
+            job = _hold(job, Held(event.node_id, event.outcome.held_step))
+        if event.outcome.step > job.step:
+            job = replace(job, step=event.outcome.step, samples=event.outcome.samples)
+    if job.step > job.fence_step:
+        job = replace(job, retries=0)
+    effects: Effects = []
+    if event.state is AttemptState.FAILED:
+        job, effects = _after_fault(job, event, now_s, timing)
+    elif job.state is JobState.STARTING and all(a.state in _STARTED for a in job.attempts):
+        job = to(job, JobState.RUNNING, Reason.TRAINING, _where(state, job))
+        job = replace(job, deadline_s=job.deadline_s if job.wanted else None)
+    if event.rank == 0 and event.state is AttemptState.DONE:
+        job = replace(job, deadline_s=now_s + timing.stop_s)
+    return state.with_job(job), effects, f"rank {event.rank} {event.state.value.lower()}"
+
+
+_STARTED = frozenset({AttemptState.READY, AttemptState.RUNNING, AttemptState.DONE})
+
+
+def _where(state: State, job: JobView) -> str:
+    names = [state.nodes[a.node_id].name if a.node_id in state.nodes else a.node_id for a in job.attempts]
+    return f"training on {', '.join(names)}"
+
+
+def _hold(job: JobView, held: Held) -> JobView:
+    return replace(job, held=(*(other for other in job.held if other.node_id != held.node_id), held))
+
+
+def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    fault = event.outcome.fault if event.outcome else None
+    if job.wanted is not None:
+        return job, []
+    if fault is not None and not fault.retryable:
+        stops = _stop_working(job, StopMode.CANCEL, fault.message)
+        ended = end(job, JobState.FAILED, fault.reason, fault.message, fault.hint, fault.blame)
+        return ended, [*stops, e.CloseRendezvous(job.job_id, job.fence), e.Finish(job.job_id)]
+    reason = fault.reason if fault else Reason.PEER_LOST
+    message = fault.message if fault else f"rank {event.rank} failed"
+    return _recover(job, reason, message, now_s, timing)
+
+
+def _recover(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """Ask the survivors to hold. Called again while recovering it only adds nothing."""
+    if job.state is JobState.RECOVERING:
+        return job, []
+    stops = _stop_working(job, StopMode.HOLD, message)
+    job = to(job, JobState.RECOVERING, reason, message)
+    return replace(job, deadline_s=now_s + timing.hold_s), stops
+
+
+def _stop_working(job: JobView, mode: StopMode, why: str) -> Effects:
+    return [e.Stop(attempt.node_id, job.job_id, job.fence, mode, why) for attempt in job.working]
+
+
+def lose_attempts(
+    state: State, job_id: JobId, ranks: list[int], reason: Reason, message: str, now_s: float, timing: Timing
+) -> tuple[State, Effects]:
+    """Ranks of the current fence whose node is gone, or did not answer in time."""
+    job = state.jobs[job_id]
+    job = replace(
+        job,
+        attempts=tuple(
+            replace(a, state=AttemptState.LOST) if a.rank in ranks and not a.ended else a for a in job.attempts
+        ),
+    )
+    effects: Effects = []
+    if job.wanted is None and not _finished(job):
+        job, effects = _recover(job, reason, message, now_s, timing)
+    return state.with_job(job), effects
+
+
+def _finished(job: JobView) -> bool:
+    """Rank 0 has delivered the result: the others' absence no longer matters."""
+    return any(a.rank == 0 and a.state is AttemptState.DONE for a in job.attempts)
+
+
+def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing) -> tuple[State, Effects]:
+    """When every rank of the generation has ended: success, the end that was wanted, another try, or failure."""
+    job = state.jobs[job_id]
+    if job.ended or not job.attempts or job.working or job.state in (JobState.QUEUED, JobState.PAUSED):
+        return state, []
+    close = e.CloseRendezvous(job.job_id, job.fence)
+    if _finished(job):
+        ended = end(job, JobState.SUCCEEDED, Reason.FINISHED, "finished", "", None)
+        return state.with_job(ended), [close, e.Finish(job_id)]
+    job = replace(job, deadline_s=None)
+    if job.wanted is StopMode.CANCEL:
+        ended = end(job, JobState.CANCELLED, Reason.CANCELLED_BY_USER, "cancelled by its user", "", None)
+        return state.with_job(ended), [close, e.Finish(job_id)]
+    if job.wanted is StopMode.PAUSE:
+        paused = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
+        return state.with_job(replace(paused, wanted=None)), [close]
+    if job.state is not JobState.RECOVERING:
+        job = to(job, JobState.RECOVERING, Reason.PEER_LOST, job.message)
+    if job.retries >= timing.retries:
+        message = f"gave up after {timing.retries} tries without a step in between: {job.message}"
+        hint = "hive logs shows what the workers printed; hive nodes shows who is there"
+        ended = end(job, JobState.FAILED, Reason.RETRIES_EXHAUSTED, message, hint, _blame(job))
+        return state.with_job(ended), [close, e.Finish(job_id)]
+    wait_s = timing.backoff_s(job.retries)
+    cause = job.message
+    job = to(job, JobState.QUEUED, Reason.BACKING_OFF, f"{cause}; forming a new group in {wait_s:.0f} s")
+    job = replace(job, not_before_s=now_s + wait_s, retries=job.retries + 1)
+    return state.with_job(job), [close]
+
+
+def _blame(job: JobView) -> Blame:
+    for attempt in job.attempts:
+        if attempt.outcome and attempt.outcome.fault:
+            return attempt.outcome.fault.blame
+    return Blame.NODE
+
+
+def offers_again(job: JobView, ranks: list[int]) -> Effects:
+    return [e.Offer(a.node_id, job.job_id, job.fence, a.rank) for a in job.attempts if a.rank in ranks]
+
+
+def new_group(job: JobView, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """The next fence: one OFFERED attempt per planned subtask."""
+    plan = job.plan
+    if plan is None:
+        raise ValueError("a group needs a plan")
+    fence = type(job.fence)(job.fence + 1)
+    attempts = tuple(AttemptView(s.rank, s.node_id, AttemptState.OFFERED) for s in plan.subtasks)
+    job = to(job, JobState.STARTING, Reason.RENDEZVOUS, "forming the group")
+    job = replace(
+        job,
+        fence=fence,
+        fence_step=job.step,
+        attempts=attempts,
+        deadline_s=now_s + max(timing.start_s, plan.coordination_plan.deadline_s),
+    )
+    return job, [e.Offer(a.node_id, job.job_id, fence, a.rank) for a in attempts]

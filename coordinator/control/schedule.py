@@ -1,0 +1,56 @@
+"""Who runs next: jobs in order of submission, those that were already running first, over the nodes that are idle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.control import events as e
+from coordinator.control.group import new_group
+from coordinator.control.state import JobView, State, Timing
+from coordinator.control.transitions import end
+from protos.errors import Blame
+from protos.ids import NodeId
+from protos.states import JobState, Reason
+
+
+def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) -> tuple[State, list[e.Effect]]:
+    """Start every queued job that can be placed now. A job that cannot says why and lets later ones pass only when it
+    waits for nodes that are not there; one that waits for busy nodes keeps its turn."""
+    effects: list[e.Effect] = []
+    queued = sorted(
+        (job for job in state.jobs.values() if job.state is JobState.QUEUED),
+        key=lambda job: (job.fence == 0, job.order),
+    )
+    for job in queued:
+        if now_s < job.not_before_s:
+            continue
+        idle = state.idle()
+        if not idle and state.willing():
+            state = state.with_job(_waits(job, Reason.WAITING_FOR_BUSY_NODES, "all nodes are busy with earlier jobs"))
+            continue
+        holders = _holders(job, idle)
+        placed = plan_for(job.job_id, idle, state.willing(), holders, job.plan.strategy if job.plan else None)
+        if isinstance(placed, e.Unplaced):
+            if placed.permanent:
+                ended = end(job, JobState.FAILED, placed.reason, placed.message, placed.hint, Blame.POLICY)
+                state, effects = state.with_job(ended), [*effects, e.Finish(job.job_id)]
+                continue
+            state = state.with_job(_waits(job, placed.reason, placed.message, placed.hint))
+            if placed.reason is Reason.WAITING_FOR_BUSY_NODES:
+                break
+            continue
+        job, offers = new_group(replace(job, plan=placed), now_s, timing)
+        state, effects = state.with_job(job), [*effects, *offers]
+    return state, effects
+
+
+def _waits(job: JobView, reason: Reason, message: str, hint: str = "") -> JobView:
+    if (job.reason, job.message, job.hint) == (reason, message, hint):
+        return job
+    return replace(job, reason=reason, message=message, hint=hint)
+
+
+def _holders(job: JobView, idle: tuple[NodeId, ...]) -> tuple[NodeId, ...]:
+    """Idle nodes that have the newest committed step on disk."""
+    newest = max((held.step for held in job.held), default=None)
+    return tuple(held.node_id for held in job.held if held.step == newest and held.node_id in idle)

@@ -1,0 +1,308 @@
+"""One step of the control loop: an event in, the next state, the effects and the reason out. Pure.
+
+Invariants (checked by the simulation in tests/sim): a report counts only under the current fence and once per rank; job
+states never go back; a job that was submitted ends or waits with a reason; a node holds at most one unfinished attempt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from coordinator.control import events as e
+from coordinator.control.group import continue_recovery, lose_attempts, offers_again, take_report
+from coordinator.control.schedule import schedule
+from coordinator.control.state import JobView, NodeStatus, State, Timing
+from coordinator.control.transitions import end, to
+from protos.errors import Conflict, NotFound
+from protos.ids import NodeId
+from protos.states import AttemptState, Eligibility, JobState, NodeLink, Reason, StopMode
+from protos.work import HeldLease
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    state: State
+    effects: tuple[e.Effect, ...]
+    reason: str
+
+
+def step(state: State, event: e.Event, now_s: float, plan_for: e.PlanFor, timing: Timing) -> Decision:
+    """Apply one event, then let time and freed nodes have their consequences. Raises Conflict or NotFound for a
+    request that the state does not allow; nothing has changed then."""
+    before, effects, reason = _apply(state, event, now_s, timing)
+    if isinstance(event, e.NodeHeard) and event.activity is None:
+        return Decision(before, tuple(effects), reason)
+    after, more = _consequences(before, now_s, plan_for, timing, ticked=isinstance(event, e.Ticked))
+    return Decision(after, (*effects, *more), reason)
+
+
+def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
+    match event:
+        case e.Submitted():
+            job = JobView(job_id=event.job_id, order=event.order)
+            job = to(job, JobState.PLANNING, Reason.IDENTIFYING, "identifying the model")
+            return state.with_job(job), [e.Identify(event.job_id)], "submitted"
+        case e.Identified():
+            job = state.jobs[event.job_id]
+            if job.state is not JobState.PLANNING:
+                return state.with_job(replace(job, identified=True)), [], "identified"
+            return state.with_job(replace(to(job, JobState.QUEUED), identified=True)), [], "identified"
+        case e.Refused():
+            job = state.jobs[event.job_id]
+            if job.ended or job.working:
+                return state, [], "refused too late"
+            ended = end(job, JobState.FAILED, event.reason, event.message, event.hint, event.blame)
+            return state.with_job(ended), [e.Finish(job.job_id)], event.message
+        case e.IdentificationDelayed():
+            job = state.jobs[event.job_id]
+            if job.state is JobState.PLANNING:
+                job = replace(
+                    job,
+                    reason=Reason.WAITING_FOR_NODES,
+                    message=event.message,
+                    not_before_s=now_s + timing.backoff_s(0),
+                )
+            return state.with_job(job), [], event.message
+        case e.NodeConnected():
+            return _node_connected(state, event, now_s, timing)
+        case e.NodeHeard():
+            return _node_heard(state, event, now_s)
+        case e.NodeDisconnected():
+            node = state.nodes.get(event.node_id)
+            if node is None or node.link is not NodeLink.CONNECTED:
+                return state, [], "already disconnected"
+            return state.with_node(_cut_off(node, "connection lost", now_s)), [], "disconnected"
+        case e.NodeLeft():
+            return _node_left(state, event, now_s, timing)
+        case e.NodeControlled():
+            return _node_controlled(state, event, now_s, timing)
+        case e.AttemptReported():
+            return take_report(state, event, now_s, timing)
+        case e.Progressed():
+            return _progressed(state, event)
+        case e.UserAsked():
+            return _user_asked(state, event, now_s, timing)
+        case e.Ticked():
+            return state, [], "tick"
+        case _:
+            assert_never(event)
+
+
+def _node_connected(
+    state: State, event: e.NodeConnected, now_s: float, timing: Timing
+) -> tuple[State, list[e.Effect], str]:
+    known = state.nodes.get(event.node_id)
+    eligibility = known.eligibility if known and known.eligibility is not Eligibility.DRAINING else Eligibility.OK
+    node = NodeStatus(
+        event.node_id, event.name, NodeLink.CONNECTED, eligibility, event.activity, event.activity_reason, now_s
+    )
+    state = state.with_node(node)
+    effects: list[e.Effect] = []
+    presented = {(lease.job_id, lease.fence, lease.rank) for lease in event.leases}
+    for lease in event.leases:
+        job = state.jobs.get(lease.job_id)
+        if job is not None and _works(job, lease, event.node_id):
+            mode = job.wanted or (StopMode.HOLD if job.state is JobState.RECOVERING else None)
+            if mode is not None:  # said while the node was away
+                effects.append(e.Stop(event.node_id, job.job_id, job.fence, mode, job.message))
+        else:
+            effects.append(
+                e.Stop(event.node_id, lease.job_id, lease.fence, StopMode.HOLD, "this lease belongs to an older group")
+            )
+    for job in state.jobs.values():
+        gone = [
+            attempt.rank
+            for attempt in job.working
+            if attempt.node_id == event.node_id and (job.job_id, job.fence, attempt.rank) not in presented
+        ]
+        offered = [rank for rank in gone if _attempt_state(job, rank) is AttemptState.OFFERED and job.wanted is None]
+        effects += offers_again(job, offered)
+        lost = [rank for rank in gone if rank not in offered]
+        if lost:
+            state, more = lose_attempts(
+                state, job.job_id, lost, Reason.NODE_LOST, f"{event.name} restarted", now_s, timing
+            )
+            effects += more
+    return state, effects, "connected"
+
+
+def _cut_off(node: NodeStatus, reason: str, now_s: float) -> NodeStatus:
+    return replace(node, link=NodeLink.DISCONNECTED, reason=reason, cut_off_s=now_s)
+
+
+def _attempt_state(job: JobView, rank: int) -> AttemptState:
+    return next(attempt.state for attempt in job.attempts if attempt.rank == rank)
+
+
+def _node_heard(state: State, event: e.NodeHeard, now_s: float) -> tuple[State, list[e.Effect], str]:
+    node = state.nodes.get(event.node_id)
+    if node is None:
+        return state, [], "not a member"
+    node = replace(node, last_seen_s=now_s)
+    if event.activity is not None:
+        node = replace(node, activity=event.activity, reason=event.activity_reason)
+    return state.with_node(node), [], "heard"
+
+
+def _node_left(state: State, event: e.NodeLeft, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
+    node = state.nodes.get(event.node_id)
+    if node is None:
+        return state, [], "not a member"
+    state = state.with_node(replace(node, link=NodeLink.LEFT, reason=event.why))
+    return _lose_node(state, event.node_id, Reason.NODE_LEFT, f"{node.name} left: {event.why}", now_s, timing)
+
+
+def _node_controlled(
+    state: State, event: e.NodeControlled, now_s: float, timing: Timing
+) -> tuple[State, list[e.Effect], str]:
+    node = state.nodes.get(event.node_id)
+    if node is None:
+        raise NotFound(f"no node {event.node_id}", "hive nodes lists them")
+    match event.action:
+        case "cordon":
+            return state.with_node(replace(node, eligibility=Eligibility.CORDONED)), [], "cordoned: takes no new work"
+        case "uncordon":
+            return state.with_node(replace(node, eligibility=Eligibility.OK)), [], "takes work again"
+        case "drain":
+            state = state.with_node(replace(node, eligibility=Eligibility.DRAINING))
+            effects: list[e.Effect] = [
+                e.Stop(event.node_id, job.job_id, job.fence, StopMode.HOLD, f"{node.name} is draining")
+                for job in state.jobs.values()
+                for attempt in job.working
+                if attempt.node_id == event.node_id
+            ]
+            return state, effects, "draining"
+        case "remove":
+            state, effects, reason = _lose_node(
+                state, event.node_id, Reason.NODE_LEFT, f"{node.name} was removed", now_s, timing
+            )
+            return state.with_node(replace(node, link=NodeLink.LEFT, reason="removed")), effects, reason
+        case other:
+            raise Conflict(f"unknown action {other!r} for a node", "use cordon, uncordon, drain or remove")
+
+
+def _lose_node(
+    state: State, node_id: NodeId, reason: Reason, message: str, now_s: float, timing: Timing
+) -> tuple[State, list[e.Effect], str]:
+    effects: list[e.Effect] = []
+    for job in list(state.jobs.values()):
+        ranks = [attempt.rank for attempt in job.working if attempt.node_id == node_id]
+        if ranks:
+            state, more = lose_attempts(state, job.job_id, ranks, reason, message, now_s, timing)
+            effects += more
+    return state, effects, message
+
+
+def _progressed(state: State, event: e.Progressed) -> tuple[State, list[e.Effect], str]:
+    job = state.jobs.get(event.job_id)
+    if job is None or job.ended or job.fence != event.fence:
+        return state, [], "progress of an older group"
+    if event.step <= job.step:
+        return state, [], "nothing new"
+    retries = 0 if event.step > job.fence_step else job.retries
+    return state.with_job(replace(job, step=event.step, samples=event.samples, retries=retries)), [], "progress"
+
+
+def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
+    job = state.jobs.get(event.job_id)
+    if job is None or job.ended:
+        raise Conflict(f"{event.job_id} has already ended", "hive show tells how")
+    match event.action:
+        case "cancel":
+            if job.wanted is StopMode.CANCEL:
+                return state, [], "already being cancelled"
+            if not job.working:
+                ended = end(job, JobState.CANCELLED, Reason.CANCELLED_BY_USER, "cancelled before it ran", "", None)
+                return state.with_job(ended), [e.Finish(job.job_id)], "cancelled"
+            job = to(job, JobState.STOPPING, Reason.CANCELLED_BY_USER, "stopping on request")
+            job = replace(job, wanted=StopMode.CANCEL, deadline_s=now_s + timing.stop_s)
+            return state.with_job(job), _stop_all(job, StopMode.CANCEL, "cancelled by its user"), "stopping"
+        case "pause":
+            if job.state in (JobState.PAUSED, JobState.STOPPING) or job.wanted is StopMode.PAUSE:
+                raise Conflict(f"{job.job_id} is already {job.state.value.lower()}", "hive resume lets it go on")
+            if not job.working:
+                job = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
+                return state.with_job(job), [], "paused"
+            job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hold_s)
+            job = replace(job, reason=Reason.PAUSED_BY_USER, message="pausing on request")
+            return state.with_job(job), _stop_all(job, StopMode.PAUSE, "paused by its user"), "pausing"
+        case "resume":
+            if job.wanted is StopMode.PAUSE or job.state is not JobState.PAUSED:
+                raise Conflict(f"{job.job_id} is not paused", "hive show tells its state")
+            target = JobState.QUEUED if job.identified else JobState.PLANNING
+            job = replace(to(job, target, Reason.NONE, "resumed"), not_before_s=now_s, retries=0)
+            return state.with_job(job), [] if job.identified else [e.Identify(job.job_id)], "resumed"
+        case other:
+            raise Conflict(f"unknown action {other!r} for a job", "use cancel, pause or resume")
+
+
+def _stop_all(job: JobView, mode: StopMode, reason: str) -> list[e.Effect]:
+    return [e.Stop(attempt.node_id, job.job_id, job.fence, mode, reason) for attempt in job.working]
+
+
+def _consequences(
+    state: State, now_s: float, plan_for: e.PlanFor, timing: Timing, *, ticked: bool
+) -> tuple[State, list[e.Effect]]:
+    effects: list[e.Effect] = []
+    if ticked:
+        state, more = _expire(state, now_s, timing)
+        effects += more
+    for job_id in list(state.jobs):
+        state, more = continue_recovery(state, job_id, now_s, timing)
+        effects += more
+        job = state.jobs[job_id]
+        waiting = job.state is JobState.PLANNING and job.reason is Reason.WAITING_FOR_NODES
+        if waiting and now_s >= job.not_before_s and state.willing():
+            state = state.with_job(replace(job, reason=Reason.IDENTIFYING, message="identifying the model"))
+            effects.append(e.Identify(job_id))
+    state, more = schedule(state, now_s, plan_for, timing)
+    return state, [*effects, *more]
+
+
+def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.Effect]]:
+    """Silence and missed deadlines. A connected node that says nothing for the lease's life is as lost as a cut one."""
+    effects: list[e.Effect] = []
+    for node in list(state.nodes.values()):
+        silent_s = now_s - node.last_seen_s
+        if node.link is NodeLink.CONNECTED and silent_s > timing.lease_ttl_s:
+            state = state.with_node(_cut_off(node, f"silent for {silent_s:.0f} s", now_s))
+        elif node.link is NodeLink.DISCONNECTED and silent_s > timing.lease_ttl_s:
+            state = state.with_node(replace(node, link=NodeLink.LOST, reason=f"not heard for {silent_s:.0f} s"))
+            state, more, _ = _lose_node(
+                state, node.node_id, Reason.NODE_LOST, f"{node.name} was not heard for {silent_s:.0f} s", now_s, timing
+            )
+            effects += more
+    for job in list(state.jobs.values()):
+        late = [attempt for attempt in job.working if attempt.rank in _late(state, job, now_s, timing)]
+        if late:
+            names = ", ".join(state.nodes[a.node_id].name if a.node_id in state.nodes else a.node_id for a in late)
+            why = f"no answer in time from {names}"
+            effects += [e.Stop(a.node_id, job.job_id, job.fence, StopMode.CANCEL, why) for a in late]
+            ranks = [attempt.rank for attempt in late]
+            state, more = lose_attempts(state, job.job_id, ranks, Reason.NODE_LOST, why, now_s, timing)
+            effects += more
+    return state, effects
+
+
+def _late(state: State, job: JobView, now_s: float, timing: Timing) -> list[int]:
+    """Ranks that this job waits for no longer: over the deadline of the phase, or cut off while the rest re-forms."""
+    if job.deadline_s is not None and now_s > job.deadline_s:
+        if job.state is JobState.STARTING and job.wanted is None:
+            return [a.rank for a in job.working if a.state in (AttemptState.OFFERED, AttemptState.ACCEPTED)]
+        return [a.rank for a in job.working]
+    if job.state is not JobState.RECOVERING:
+        return []
+    cut_off = {n.node_id: n.cut_off_s for n in state.nodes.values() if n.link is NodeLink.DISCONNECTED}
+    return [a.rank for a in job.working if a.node_id in cut_off and now_s > cut_off[a.node_id] + timing.cut_off_grace_s]
+
+
+def _works(job: JobView, lease: HeldLease, node_id: NodeId) -> bool:
+    return (
+        not job.ended
+        and job.fence == lease.fence
+        and any(a.rank == lease.rank and a.node_id == node_id for a in job.working)
+    )
+
+
+__all__ = ["Decision", "step"]

@@ -1,0 +1,404 @@
+"""The shell around the pure control loop: one event at a time, its difference made durable, then its effects.
+
+Invariant: no effect happens and nothing is acknowledged before the transaction that records its cause. A failed commit
+leaves the state as it was; the node that sent the cause sends it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import structlog
+
+from coordinator import recovery
+from coordinator.control import events as e
+from coordinator.control.state import AttemptView, JobView, NodeStatus, State, Timing
+from coordinator.control.step import step
+from coordinator.records import Attempt, Job, Member
+from coordinator.store.protocol import AppendEvent, PutAttempt, PutJob, PutMember, Store, Write
+from protos import documents
+from protos.capacity import Capacity
+from protos.errors import TABLE, ErrorCode, NotFound
+from protos.ids import Fence, JobId, NodeId
+from protos.plan import Plan
+from protos.states import ACTIVE_JOB_STATES, Eligibility, JobState, NodeLink, Reason
+from protos.work import Checkpoint
+
+log = structlog.get_logger()
+
+EffectHandler = Callable[[e.Effect], None]
+Supplement = Callable[[JobView | None, JobView, Job, Sequence[Attempt]], Awaitable[tuple[Job, Sequence[Write]]]]
+"""What belongs into the transaction of a change beside the states: a decision when there is a new plan, the result when
+the job ends. Given (before, after, record, all attempts); returns the completed record and further writes."""
+
+Extra = Callable[[Job], Job]
+"""A change to a job's record that is not the control loop's business (profile, checkpoint, result)."""
+
+_EXIT_CODES = {
+    Reason.MODEL_UNUSABLE: ErrorCode.MODEL_UNUSABLE,
+    Reason.DATA_UNUSABLE: ErrorCode.DATA_UNUSABLE,
+    Reason.NO_PLACEMENT: ErrorCode.NO_PLACEMENT,
+}
+
+
+class Controller:
+    """Owns the control state and the job records it stands for. `post` is the only way in."""
+
+    def __init__(
+        self,
+        store: Store,
+        plan_for: e.PlanFor,
+        perform: EffectHandler,
+        supplement: Supplement,
+        clock: Callable[[], float],
+        timing: Timing,
+    ) -> None:
+        self._store = store
+        self._supplement = supplement
+        self._plan_for = plan_for
+        self._perform = perform
+        self._clock = clock
+        self._timing = timing
+        self._lock = asyncio.Lock()
+        self._records: dict[JobId, Job] = {}
+        self._attempts: dict[tuple[JobId, Fence, int], Attempt] = {}
+        self._members: dict[NodeId, Member] = {}
+        self._heard: dict[NodeId, float] = {}
+        self._progress: dict[JobId, Mapping[str, Any]] = {}
+        self._orders = 0
+        self.state = State()
+
+    async def recover(self) -> None:
+        """Take up what the store holds. Nodes get a grace to come back before their work is given to others."""
+        found = await recovery.load(self._store, self._clock(), self._timing)
+        self.state, self._records, self._members = found.state, found.records, found.members
+        self._attempts = found.attempts
+        self._orders = found.orders
+        for job in self.state.jobs.values():
+            if job.state is JobState.PLANNING:
+                self._perform(e.Identify(job.job_id))
+
+    def record(self, job_id: JobId) -> Job:
+        """The record of an unfinished job. Raises NotFound."""
+        if job_id not in self._records:
+            raise NotFound(f"no unfinished job {job_id}", "hive ps --all lists all jobs")
+        return self._records[job_id]
+
+    def plan(self, job_id: JobId) -> Plan | None:
+        job = self.state.jobs.get(job_id)
+        return job.plan if job else None
+
+    def capacity(self, node_id: NodeId) -> Capacity | None:
+        """What a member had when it was last here."""
+        member = self._members.get(node_id)
+        return documents.decode(Capacity, member.capacity_json) if member and member.capacity_json else None
+
+    def progress(self, job_id: JobId) -> Mapping[str, Any] | None:
+        """The newest progress of an unfinished job; None until its nodes report again after a restart."""
+        return self._progress.get(job_id)
+
+    def note_progress(self, job_id: JobId, payload: Mapping[str, Any]) -> None:
+        self._progress[job_id] = payload
+
+    def is_current(self, job_id: JobId, fence: Fence) -> bool:
+        job = self.state.jobs.get(job_id)
+        return job is not None and not job.ended and job.fence == fence and bool(job.working)
+
+    def heard(self, node_id: NodeId) -> None:
+        """A sign of life: noted without a step, counted at the next tick."""
+        self._heard[node_id] = self._clock()
+
+    async def submit(self, record: Job) -> None:
+        """Make a new job durable, then begin. Returns only when it cannot be lost any more."""
+        async with self._lock:
+            self._orders += 1
+            self._records[record.job_id] = record
+            try:
+                await self._step(e.Submitted(record.job_id, self._orders), (PutJob(record, None),))
+            except BaseException:
+                self._records.pop(record.job_id, None)
+                raise
+
+    async def post(self, event: e.Event, *writes: Write, change: Extra | None = None) -> str:
+        """Apply one event; `writes` and `change` (to the record of the event's job) go into the same transaction."""
+        async with self._lock:
+            if isinstance(event, e.Ticked):
+                self._count_signs_of_life()
+            return await self._step(event, writes, change)
+
+    async def change(self, job_id: JobId, change: Extra, *writes: Write) -> None:
+        """Change what the control loop does not care about in an unfinished job's record."""
+        async with self._lock:
+            record = self.record(job_id)
+            await self._store.commit(*writes, PutJob(change(record), record.version))
+            self._records[job_id] = replace(change(record), version=record.version + 1)
+
+    async def describe_node(self, node_id: NodeId, name: str, capacity: Capacity) -> None:
+        """Write down what a node has, when that changed."""
+        async with self._lock:
+            document = documents.encode(capacity)
+            known = self._members.get(node_id) or await self._store.member(node_id)
+            if known is not None and known.capacity_json == document:
+                self._members[node_id] = known
+                return
+            made = known or Member(node_id, name, "node", NodeLink.JOINING, Eligibility.OK, self._clock())
+            made = replace(made, name=name, capacity_json=document, left=False)
+            await self._store.commit(PutMember(made, known.version if known else None))
+            self._members[node_id] = replace(made, version=(known.version if known else 0) + 1)
+
+    async def checkpointed(self, job_id: JobId, fence: Fence, checkpoint: Checkpoint, accept: Write) -> None:
+        """A checkpoint has been uploaded: remember the newest, whichever generation made it."""
+        async with self._lock:
+            record = self._records.get(job_id)
+            newest = record and record.checkpoint_json and documents.decode(Checkpoint, record.checkpoint_json).step
+            if record is None or (newest or 0) >= checkpoint.step:
+                await self._store.commit(accept)
+                return
+            changed = replace(record, checkpoint_json=documents.encode(checkpoint))
+            event = AppendEvent("checkpoint", job_id, None, {"step": checkpoint.step, "fence": fence})
+            await self._store.commit(accept, PutJob(changed, record.version), event)
+            self._records[job_id] = replace(changed, version=record.version + 1)
+
+    def _count_signs_of_life(self) -> None:
+        nodes = dict(self.state.nodes)
+        for node_id, when in self._heard.items():
+            node = nodes.get(node_id)
+            if node is not None and when > node.last_seen_s:
+                nodes[node_id] = replace(node, last_seen_s=when)
+        self._heard.clear()
+        self.state = replace(self.state, nodes=MappingProxyType(nodes))
+
+    async def _step(self, event: e.Event, extra: Sequence[Write], change: Extra | None = None) -> str:
+        decision = step(self.state, event, self._clock(), self._plan_for, self._timing)
+        changes = _Changes(self._records, self._attempts, self._members, self._supplement, self._clock())
+        for job_id, job in decision.state.jobs.items():
+            before = self.state.jobs.get(job_id)
+            mine = change if change is not None and getattr(event, "job_id", None) == job_id else None
+            if job is not before or mine is not None:
+                await changes.job(before, job, mine)
+        for node_id, node in decision.state.nodes.items():
+            known = self.state.nodes.get(node_id)
+            if node is not known:
+                changes.node(known, node)
+        if extra or changes.writes:
+            await self._store.commit(*extra, *changes.writes)
+        changes.keep()
+        state = decision.state
+        for job in list(state.jobs.values()):
+            if job.trail:
+                state = state.with_job(replace(job, trail=()))
+        self.state = state
+        for effect in decision.effects:
+            self._perform(effect)
+        return decision.reason
+
+    def forget(self, job_id: JobId) -> None:
+        """An ended job whose result is written: its record lives on in the store alone."""
+        job = self.state.jobs.get(job_id)
+        if job is not None and job.ended:
+            self.state = self.state.without_job(job_id)
+            self._records.pop(job_id, None)
+            self._progress.pop(job_id, None)
+            for key in [key for key in self._attempts if key[0] == job_id]:
+                del self._attempts[key]
+
+    async def run_clock(self, interval_s: float) -> None:
+        """Tick until cancelled; a failing tick is logged and the next one tries again."""
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await self.post(e.Ticked())
+            except Exception:
+                log.exception("tick failed")
+
+
+class _Changes:
+    """Collects the writes for the difference between two states, and what to remember once they are durable."""
+
+    def __init__(
+        self,
+        records: dict[JobId, Job],
+        attempts: dict[tuple[JobId, Fence, int], Attempt],
+        members: dict[NodeId, Member],
+        supplement: Supplement,
+        now_s: float,
+    ) -> None:
+        self._records, self._attempts, self._members, self._now_s = records, attempts, members, now_s
+        self._supplement = supplement
+        self._new_records: dict[JobId, Job] = {}
+        self._new_attempts: dict[tuple[JobId, Fence, int], Attempt] = {}
+        self._new_members: dict[NodeId, Member] = {}
+        self.writes: list[Write] = []
+
+    async def job(self, before: JobView | None, after: JobView, change: Extra | None) -> None:
+        record = self._records[after.job_id]
+        if before is None:
+            record = replace(record, version=1)  # PutJob of the submission is in this transaction
+        merged = self._merged(record, before, after)
+        if change is not None:
+            merged = change(merged)
+        of_attempts = [write for attempt in after.attempts for write in self._attempt(after, attempt)]
+        known = {**self._attempts, **self._new_attempts}
+        mine = [row for key, row in sorted(known.items()) if key[0] == after.job_id]
+        merged, further = await self._supplement(before, after, merged, mine)
+        self.writes += further
+        for passed in after.trail[:-1]:
+            entered = replace(
+                merged,
+                state=passed.state,
+                reason=passed.reason,
+                message=passed.message,
+                hint=passed.hint,
+                exit_code=None,
+                finished_s=None,
+                result_json=None,
+                version=record.version,
+            )
+            self.writes.append(PutJob(entered, record.version))
+            self.writes.append(AppendEvent("job", after.job_id, None, _job_payload(entered)))
+            record = replace(entered, version=record.version + 1)
+        merged = replace(merged, version=record.version)
+        if _without_times(merged) != _without_times(record):
+            self.writes.append(PutJob(merged, record.version))
+            if after.trail or before is None or (before.reason, before.message) != (after.reason, after.message):
+                self.writes.append(AppendEvent("job", after.job_id, None, _job_payload(merged)))
+            record = replace(merged, version=record.version + 1)
+        self._new_records[after.job_id] = record
+        self.writes += of_attempts
+
+    def _merged(self, record: Job, before: JobView | None, after: JobView) -> Job:
+        started = record.started_s
+        if started is None and after.state in ACTIVE_JOB_STATES:
+            started = self._now_s
+        plan_json = record.plan_json
+        if after.plan is not None and (before is None or before.plan is not after.plan):
+            plan_json = documents.encode(after.plan)
+        return replace(
+            record,
+            state=after.state,
+            reason=after.reason,
+            message=after.message,
+            hint=after.hint,
+            blame=after.blame,
+            exit_code=_exit_code(after),
+            fence=after.fence,
+            retries=after.retries,
+            step=after.step,
+            samples=after.samples,
+            strategy=after.plan.strategy if after.plan else record.strategy,
+            plan_json=plan_json,
+            started_s=started,
+            finished_s=self._now_s if after.ended else None,
+            updated_s=self._now_s,
+        )
+
+    def _attempt(self, job: JobView, view: AttemptView) -> list[Write]:
+        key = (job.job_id, job.fence, view.rank)
+        known = self._new_attempts.get(key) or self._attempts.get(key)
+        outcome_json = documents.encode(view.outcome) if view.outcome is not None else None
+        if known is not None and known.state is view.state and known.outcome_json == outcome_json:
+            return []
+        version = known.version if known else None
+        made = Attempt(
+            job.job_id,
+            job.fence,
+            view.rank,
+            view.node_id,
+            view.state,
+            known.created_s if known else self._now_s,
+            self._now_s,
+            outcome_json,
+            version or 0,
+        )
+        fault = view.outcome.fault if view.outcome else None
+        payload = {
+            "fence": job.fence,
+            "rank": view.rank,
+            "node_id": view.node_id,
+            "state": view.state.value,
+            "reason": fault.message if fault else "",
+        }
+        self._new_attempts[key] = replace(made, version=(version or 0) + 1)
+        return [PutAttempt(made, version), AppendEvent("attempt", job.job_id, view.node_id, payload)]
+
+    def node(self, before: NodeStatus | None, after: NodeStatus) -> None:
+        same = before is not None and (
+            before.link,
+            before.eligibility,
+            before.activity,
+            before.reason,
+            before.name,
+        ) == (
+            after.link,
+            after.eligibility,
+            after.activity,
+            after.reason,
+            after.name,
+        )
+        if same:
+            return
+        payload = {
+            "node_id": after.node_id,
+            "name": after.name,
+            "link": after.link.value,
+            "eligibility": after.eligibility.value,
+            "activity": after.activity.value,
+            "reason": after.reason,
+        }
+        known = self._members.get(after.node_id)
+        made = Member(
+            after.node_id,
+            after.name,
+            "node",
+            after.link,
+            after.eligibility,
+            after.last_seen_s,
+            after.reason,
+            known.capacity_json if known else None,
+            after.reason == "removed",
+            known.version if known else 0,
+        )
+        self.writes += [
+            PutMember(made, known.version if known else None),
+            AppendEvent("node", None, after.node_id, payload),
+        ]
+        self._new_members[after.node_id] = replace(made, version=made.version + 1)
+
+    def keep(self) -> None:
+        self._records.update(self._new_records)
+        self._attempts.update(self._new_attempts)
+        self._members.update(self._new_members)
+
+
+def _without_times(record: Job) -> Job:
+    return replace(record, updated_s=0.0, version=0)
+
+
+def _exit_code(job: JobView) -> int | None:
+    match job.state:
+        case JobState.SUCCEEDED:
+            return 0
+        case JobState.CANCELLED:
+            return TABLE[ErrorCode.CANCELLED].exit_code
+        case JobState.FAILED:
+            return TABLE[_EXIT_CODES.get(job.reason, ErrorCode.JOB_FAILED)].exit_code
+        case _:
+            return None
+
+
+def _job_payload(record: Job) -> dict[str, object]:
+    return {
+        "state": record.state.value,
+        "reason": record.reason.value,
+        "message": record.message,
+        "hint": record.hint,
+        "blame": record.blame.value if record.blame else None,
+        "exit_code": record.exit_code,
+        "fence": record.fence,
+        "step": record.step,
+        "samples": record.samples,
+    }

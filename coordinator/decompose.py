@@ -1,0 +1,61 @@
+"""A plan becomes one task per rank. Pure: the plan that was printed is what is cut; nothing is re-decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.artifact import Manifest
+from protos.ids import Fence, JobId
+from protos.jobspec import JobSpec
+from protos.plan import Plan
+from protos.work import Resume, Task, TaskKind
+
+SHORTEST_COLLECTIVE_S = 10.0
+LONGEST_COLLECTIVE_S = 60.0
+STEPS_PER_COLLECTIVE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the ranks fetch before they start; None where the job has no such file."""
+
+    code: Manifest | None = None
+    data: Manifest | None = None
+    test: Manifest | None = None
+    weights: Manifest | None = None
+
+
+def collective_timeout_s(step_s: float) -> float:
+    """Ten predicted steps, at least 10 s (a first step is slow) and at most 60 s: a frozen peer shows only by this."""
+    return min(LONGEST_COLLECTIVE_S, max(SHORTEST_COLLECTIVE_S, STEPS_PER_COLLECTIVE * step_s))
+
+
+def decompose(
+    plan: Plan, spec: JobSpec, job_id: JobId, fence: Fence, inputs: Inputs, resume: Resume | None = None
+) -> tuple[Task, ...]:
+    """In the order of the ranks; task i belongs to plan.subtasks[i].node_id."""
+    subtasks = sorted(plan.subtasks, key=lambda subtask: subtask.rank)
+    samples = tuple(subtask.data_range[1] - subtask.data_range[0] for subtask in subtasks)
+    return tuple(
+        Task(
+            kind=TaskKind.TRAIN,
+            job_id=job_id,
+            fence=fence,
+            rank=subtask.rank,
+            world_size=len(subtasks),
+            strategy=plan.strategy,
+            spec=spec,
+            samples=samples,
+            accumulate=subtask.accumulate,
+            network=plan.coordination_plan.network,
+            compression=plan.coordination_plan.compression,
+            collective_timeout_s=collective_timeout_s(plan.estimate.step_s),
+            deadline_s=plan.coordination_plan.deadline_s,
+            code=inputs.code,
+            data=inputs.data,
+            test=inputs.test,
+            weights=inputs.weights,
+            resume=resume,
+        )
+        for subtask in subtasks
+    )

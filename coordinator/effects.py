@@ -1,0 +1,169 @@
+"""What the control loop asks for, done: identification asked of nodes, offers and stops sent, choices written down.
+
+Effects run after the transaction that caused them. Whatever is lost on the way (a node that just went away) is decided
+again by the control loop; nothing here retries by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from coordinator import learning
+from coordinator.blobs import BlobStore
+from coordinator.control import events as e
+from coordinator.control.state import JobView
+from coordinator.controller import Controller
+from coordinator.decompose import Inputs, decompose
+from coordinator.identification import Identifier, Refusal
+from coordinator.job_folder import JobFolders
+from coordinator.learning import Learner
+from coordinator.placement import Placement
+from coordinator.records import Attempt, Job
+from coordinator.rendezvous import Rendezvous
+from coordinator.result import conclude
+from coordinator.sessions import Sessions
+from coordinator.store.protocol import AppendEvent, Store, Write
+from coordinator.submission import of_record
+from protos import documents, limits
+from protos.errors import Blame, HiveError
+from protos.gen import membership_pb2 as pb
+from protos.gen import work_pb2
+from protos.ids import JobId, NodeId
+from protos.plan import Identification
+from protos.states import TERMINAL_JOB_STATES, Reason
+from protos.work import Checkpoint, Resume
+
+log = structlog.get_logger()
+
+
+class Effects:
+    """Performs effects; `controller` is set once, because each needs the other."""
+
+    controller: Controller
+
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sessions,
+        rendezvous: Rendezvous,
+        identifier: Identifier,
+        placement: Placement,
+        learner: Learner,
+        folders: JobFolders,
+        blobs: BlobStore,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._rendezvous = rendezvous
+        self._identifier = identifier
+        self._placement = placement
+        self._learner = learner
+        self._folders = folders
+        self._blobs = blobs
+        self._tasks = tasks
+
+    def perform(self, effect: e.Effect) -> None:
+        match effect:
+            case e.Identify(job_id):
+                self._background(self._identify(job_id))
+            case e.Offer():
+                self._offer(effect)
+            case e.Stop(node_id, job_id, fence, mode, reason):
+                stop = work_pb2.Stop(job_id=job_id, fence=fence, mode=mode.value, reason=reason)
+                self._sessions.send(node_id, pb.CoordinatorMessage(stop=stop))
+            case e.CloseRendezvous(job_id, fence):
+                self._background(self._rendezvous.close(job_id, fence))
+            case e.Finish(job_id):
+                self._background(self._finish(job_id))
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(self._guarded(work))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("an effect failed")
+
+    async def _identify(self, job_id: JobId) -> None:
+        controller = self.controller
+        submission = of_record(controller.record(job_id))
+        idle = controller.state.idle()
+        nodes = (*idle, *(node for node in controller.state.willing() if node not in idle))
+        try:
+            found = await self._identifier.identify(submission, job_id, nodes)
+        except Refusal as refusal:
+            blame = refusal.blame or Blame.USER_CODE
+            await controller.post(e.Refused(job_id, refusal.reason, blame, refusal.message, refusal.hint))
+        except HiveError as error:
+            await controller.post(e.IdentificationDelayed(job_id, error.message))
+        else:
+            self._placement.know(job_id, submission, found)
+            document = documents.encode(found)
+            await controller.post(e.Identified(job_id), change=lambda job: replace(job, profile_json=document))
+
+    def _offer(self, effect: e.Offer) -> None:
+        controller = self.controller
+        job = controller.state.jobs[effect.job_id]
+        known = self._placement.known(effect.job_id)
+        if job.plan is None or known is None:
+            raise ValueError(f"{effect.job_id} is offered before it was planned")
+        files = known.submission
+        record = controller.record(effect.job_id)
+        resume = None
+        if record.checkpoint_json:
+            checkpoint = documents.decode(Checkpoint, record.checkpoint_json)
+            resume = Resume(checkpoint.step, checkpoint.manifest)
+        inputs = Inputs(files.code, files.data, files.test, files.weights)
+        tasks = decompose(job.plan, files.spec, effect.job_id, effect.fence, inputs, resume)
+        task = next(task for task in tasks if task.rank == effect.rank)
+        offer = work_pb2.Offer(task_json=documents.encode(task), ttl_s=limits.LEASE_TTL_S)
+        self._sessions.send(effect.node_id, pb.CoordinatorMessage(offer=offer))
+
+    async def _finish(self, job_id: JobId) -> None:
+        self._placement.forget(job_id)
+        self.controller.forget(job_id)
+        await self._learner.catch_up(self._store)
+
+    def take_up(self) -> None:
+        """After a restart: what the records know of identified jobs."""
+        for job_id in self.controller.state.jobs:
+            record = self.controller.record(job_id)
+            if record.profile_json:
+                found = documents.decode(Identification, record.profile_json)
+                self._placement.know(job_id, of_record(record), found)
+
+    async def supplement(
+        self, before: JobView | None, after: JobView, record: Job, attempts: Sequence[Attempt]
+    ) -> tuple[Job, Sequence[Write]]:
+        """coordinator.controller.Supplement: a decision beside a new plan, the result beside the end."""
+        writes: list[Write] = []
+        known = self._placement.known(after.job_id)
+        if after.plan is not None and known is not None and (before is None or before.plan is not after.plan):
+            replanned = after.fence > 1
+            payload = learning.decision_payload(
+                after.plan, known.submission.spec, known.found.profile, known.found.data, replanned=replanned
+            )
+            writes.append(AppendEvent(learning.DECISION, after.job_id, None, payload))
+        if after.state in TERMINAL_JOB_STATES and (before is None or not before.ended):
+            metrics = await asyncio.to_thread(self._folders.metrics, after.job_id)
+            now_s = record.finished_s or record.updated_s
+            progress = self.controller.progress(after.job_id)
+            result = await conclude(
+                after, record, attempts, metrics, self.names(), progress, self._blobs.put_bytes, now_s
+            )
+            record = replace(record, result_json=result.document)
+            writes += result.writes
+        return record, writes
+
+    def names(self) -> dict[NodeId, str]:
+        return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}
+
+
+__all__ = ["Effects", "Reason"]

@@ -1,0 +1,93 @@
+"""From a submission to what its model and data are: in a confined child for files, on a node for Python source.
+
+Owns the choice of who looks and a small memory of what was found. The coordinator itself never opens a model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from coordinator.identify.confine import identify_file
+from coordinator.sessions import Sessions
+from coordinator.submission import Submission
+from protos import documents
+from protos.errors import Blame, ErrorCode, HiveError, SpecError, Unreachable
+from protos.ids import Digest, JobId, NodeId
+from protos.jobspec import entry_point
+from protos.plan import Identification
+from protos.states import Reason
+from protos.work import Outcome, TaskKind
+
+_REMEMBERED = 256
+_DEADLINE_S = 150.0  # a node may have to import torch and fetch the data first
+
+
+class Refusal(SpecError):
+    """The user's model or data cannot be used, with the reason that a job shows."""
+
+    def __init__(self, reason: Reason, blame: Blame, error: HiveError) -> None:
+        super().__init__(error.message, error.hint, code=error.code, blame=blame)
+        self.reason = reason
+
+
+class Identifier:
+    def __init__(self, sessions: Sessions, blob: Callable[[Digest], Path]) -> None:
+        self._sessions = sessions
+        self._blob = blob
+        self._known: OrderedDict[str, Identification] = OrderedDict()
+
+    async def check_file(self, submission: Submission) -> None:
+        """Refuse at once a model file that hive cannot train. Raises SpecError (exit 3)."""
+        spec = submission.spec
+        if entry_point(spec.model.source) or submission.weights is None:
+            return
+        entries = submission.weights.files
+        profile = await identify_file(self._blob(entries[0].digest))
+        if not profile.trainable:
+            message = f"{spec.model.source} is {profile.format} ({profile.family}, {profile.parameters:,} parameters)"
+            raise SpecError(f"{message}: it cannot be trained as it is", profile.why_not, code=ErrorCode.MODEL_UNUSABLE)
+
+    async def identify(self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...]) -> Identification:
+        """Ask the nodes in turn. Raises Refusal for what the user must change, Unreachable when no node could say."""
+        key = submission.key
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        task = submission.task(TaskKind.IDENTIFY, job_id)
+        trouble = "no node has joined"
+        for node_id in nodes:
+            try:
+                outcome = await self._sessions.run_task(node_id, task, _DEADLINE_S)
+            except HiveError as error:
+                trouble = error.message
+                continue
+            if outcome.fault is None and outcome.document:
+                found = documents.decode(Identification, outcome.document)
+                self._remember(key, found)
+                return found
+            if outcome.fault is not None and not outcome.fault.retryable:
+                raise _refusal(outcome)
+            trouble = outcome.fault.message if outcome.fault else "the node answered nothing"
+        raise Unreachable(
+            f"the model cannot be identified yet: {trouble}",
+            "start a node with hive-node start --token TOKEN (hive token create prints the command)",
+        )
+
+    def _remember(self, key: str, found: Identification) -> None:
+        self._known[key] = found
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+
+
+def _refusal(outcome: Outcome) -> Refusal:
+    fault = outcome.fault
+    assert fault is not None  # the caller looked
+    code = {
+        Reason.DATA_UNUSABLE: ErrorCode.DATA_UNUSABLE,
+        Reason.MODEL_UNUSABLE: ErrorCode.MODEL_UNUSABLE,
+        Reason.USER_CODE: ErrorCode.MODEL_UNUSABLE,
+    }.get(fault.reason, ErrorCode.JOB_FAILED)
+    reason = Reason.MODEL_UNUSABLE if fault.reason is Reason.USER_CODE else fault.reason
+    return Refusal(reason, fault.blame, HiveError(fault.message, fault.hint, code=code))

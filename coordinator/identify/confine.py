@@ -1,0 +1,121 @@
+"""Starts the confined child that reads a model file, and turns its answer, or its death, into a profile or an error.
+
+Invariants: the file is opened here, once, and only as a regular file; the child gets that descriptor, an empty
+environment and a deadline; whatever happens to it, the caller sees a ModelProfile or a HiveError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import stat
+import sys
+from pathlib import Path
+
+from coordinator.identify.parse import WEIGHT_FORMATS
+from coordinator.identify.tensors import unusable
+from protos import documents
+from protos.errors import HiveError, NotFound, from_document
+from protos.jobspec import entry_point
+from protos.model import ModelProfile
+
+DEADLINE_S = 30.0
+MAX_ANSWER_BYTES = 2 * 1024 * 1024
+# -I ignores the caller's path and variables; the one folder it needs is handed over, installed or not
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from coordinator.identify.child import main; main()"
+_TOO_MUCH = "the file asks for more memory or time than a model file may; write it again, e.g. as safetensors"
+
+
+def needs_node(source: str) -> bool:
+    """True for model.source of the form FILE.py:FUNCTION: only a worker may run the user's code."""
+    return entry_point(source) is not None
+
+
+def usable_as_weights(profile: ModelProfile) -> bool:
+    """True when the file may be model.weights beside an entry point."""
+    return profile.format in WEIGHT_FORMATS
+
+
+async def identify_file(path: Path, *, deadline_s: float = DEADLINE_S) -> ModelProfile:
+    """What kind of model the file at `path` is, without running it.
+
+    Raises NotFound when there is no such file, SpecError (MODEL_UNUSABLE) when it is a directory, a device, empty,
+    damaged, hostile or unknown. A file that is recognised but cannot be trained comes back with `why_not`.
+    """
+    descriptor = open_regular(path)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-c", _START, str(Path(__file__).parents[2]),
+            stdin=descriptor, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True, close_fds=True, env={"LANG": "C.UTF-8"}, limit=MAX_ANSWER_BYTES, cwd="/",
+        )  # fmt: skip
+    finally:
+        os.close(descriptor)
+    try:
+        async with asyncio.timeout(deadline_s):
+            answer = await _answer(process)
+    except TimeoutError:
+        raise unusable(f"{path.name}: could not be read within {deadline_s:g} s", _TOO_MUCH) from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
+        await process.wait()
+    return _decode(path.name, answer)
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file; raises a HiveError that says what else it is. Never blocks on a pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"there is no file {path}", "check model.source in the job file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
+        raise unusable(f"{path} cannot be opened: {reason}", "check its permissions and path") from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise unusable(f"{path} is a directory, not a model file", _directory_hint(path))
+    raise unusable(f"{path} is a device, pipe or socket, not a model file", "name a regular file")
+
+
+def _directory_hint(path: Path) -> str:
+    names = {child.name for child in path.iterdir()} if os.access(path, os.R_OK | os.X_OK) else set()
+    if "saved_model.pb" in names:
+        return "a TensorFlow SavedModel is not trained by hive: rebuild the model in PyTorch"
+    if "config.json" in names:
+        return "a Hugging Face directory is not trained yet: give a Python entry point and its model.safetensors"
+    return "name the file in it: a .safetensors file, a PyTorch state dict, or FILE.py:FUNCTION"
+
+
+async def _answer(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stdout is not None
+    answer = bytearray()
+    while block := await process.stdout.read(65536):
+        answer += block
+        if len(answer) > MAX_ANSWER_BYTES:
+            return b""
+    return bytes(answer)
+
+
+def _decode(name: str, answer: bytes) -> ModelProfile:
+    """The child read hostile bytes: what it says is checked like any other document."""
+    try:
+        document = json.loads(answer)
+        if "error" in document:
+            error = document["error"]
+            if error.get("message"):
+                raise _named(name, from_document({key: str(value) for key, value in error.items()}))
+            raise unusable(f"{name}: reading it took too much memory", _TOO_MUCH)
+        return documents.decode(ModelProfile, json.dumps(document["profile"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise unusable(f"{name}: the reader stopped without an answer", _TOO_MUCH) from None
+
+
+def _named(name: str, error: HiveError) -> HiveError:
+    return type(error)(f"{name}: {error.message}", error.hint, code=error.code)

@@ -1,0 +1,187 @@
+"""What a weights file holds, as names, types and sizes; and the ModelProfile that follows from them alone.
+
+Owns the reading of tensor names: buffers, families, layers. A weights file has no architecture, so its FLOPs and
+activations stay unknown and its requirements come from the table. Invariant: a shared tensor counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from protos.errors import ErrorCode, SpecError
+from protos.model import Family, LayerProfile, ModelProfile, Requirements, base_requirements, complexity_of
+
+MAX_TENSORS = 200_000
+MAX_NAME_CHARACTERS = 512
+MAX_DIMENSIONS = 32
+MAX_LAYERS_LISTED = 4_000
+
+WHAT_HIVE_TRAINS = (
+    "hive trains a Python entry point: model: {source: model.py:build}, where build() returns a torch.nn.Module, "
+    "optionally starting from model.weights: a .safetensors file or a PyTorch state dict"
+)
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8")
+
+
+def unusable(message: str, hint: str = "") -> SpecError:
+    return SpecError(message, hint or WHAT_HIVE_TRAINS, code=ErrorCode.MODEL_UNUSABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One named tensor. `identity` is equal for two names of one stored tensor."""
+
+    name: str
+    dtype: str  # safetensors' names: F32, BF16, I64, ...
+    shape: tuple[int, ...]
+    bytes: int
+    identity: Hashable = None
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.dtype.startswith(_FLOATS) and self.name.rpartition(".")[2] not in _BUFFERS
+
+
+@dataclass(slots=True)
+class _Group:
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: int = 0
+
+
+def check_shape(name: str, shape: Iterable[object]) -> tuple[int, ...]:
+    """A shape of plain non-negative integers within bounds; raises SpecError otherwise."""
+    sizes = tuple(shape)
+    if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**48 for size in sizes):
+        raise unusable(f"tensor {name[:80]!r} has an impossible shape", "the file is damaged: write it again")
+    return sizes  # type: ignore[return-value]
+
+
+def profile_of(
+    tensors: Iterable[TensorInfo],
+    *,
+    framework: str,
+    file_format: str,
+    file_bytes: int,
+    why_not: str,
+    unknown: tuple[str, ...] = (),
+) -> ModelProfile:
+    """The profile of a file of weights. Raises SpecError when it holds no tensor."""
+    groups: dict[str, _Group] = {}
+    dtypes: set[str] = set()
+    seen: set[Hashable] = set()
+    total = 0
+    for tensor in tensors:
+        prefix, _, leaf = tensor.name.rpartition(".")
+        group = groups.setdefault(prefix, _Group())
+        group.tensors[leaf] = tensor.shape
+        dtypes.add(tensor.dtype)
+        identity = tensor.identity if tensor.identity is not None else tensor.name
+        if tensor.is_parameter and identity not in seen:
+            seen.add(identity)
+            group.parameters += tensor.elements
+            total += tensor.elements
+    if not groups:
+        raise unusable("the file holds no tensors", "check that the right file was named")
+    kinds = {prefix: kind_of(prefix, group.tensors) for prefix, group in groups.items()}
+    layers = tuple(
+        LayerProfile(prefix or "model", kinds[prefix], group.parameters, 0.0, 0.0, 0.0)
+        for prefix, group in groups.items()
+        if group.parameters
+    )
+    family, confidence = family_of(groups, kinds)
+    return ModelProfile(
+        framework=framework,
+        format=file_format,
+        family=family,
+        task="unknown",
+        parameters=total,
+        bytes=file_bytes,
+        trainable=False,
+        dtypes=tuple(sorted(dtypes)),
+        input_shape=None,
+        complexity=complexity_of(total),
+        layers=layers[:MAX_LAYERS_LISTED],
+        requirements=base_requirements(total, family),
+        confidence=confidence,
+        unknown=("task", "input_shape", "flops_per_sample", "activation_bytes_per_sample", *unknown),
+        why_not=why_not,
+    )
+
+
+def kind_of(prefix: str, tensors: Mapping[str, tuple[int, ...]]) -> str:
+    """The layer that has tensors of these names and shapes; "Module" when nothing fits."""
+    last = prefix.rpartition(".")[2].lower()
+    recurrent = next((leaf for leaf in tensors if leaf.startswith("weight_ih")), None)
+    if recurrent is not None:
+        hidden = tensors.get(recurrent.replace("weight_ih", "weight_hh"), (0, 1))
+        gates = tensors[recurrent][0] // max(hidden[-1], 1) if tensors[recurrent] and hidden else 0
+        return {4: "LSTM", 3: "GRU"}.get(gates, "RNN")
+    if "in_proj_weight" in tensors:
+        return "MultiheadAttention"
+    if "running_mean" in tensors:
+        return "BatchNorm"
+    weight = tensors.get("weight")
+    if weight is None:
+        return "Module"
+    match len(weight):
+        case 1:
+            return "LayerNorm"
+        case 2:
+            embeds = "bias" not in tensors and ("emb" in prefix.lower() or last in ("wte", "wpe", "tok", "pos"))
+            return "Embedding" if embeds else "Linear"
+        case 3 | 4 | 5:
+            return f"Conv{len(weight) - 2}d"
+        case _:
+            return "Module"
+
+
+def family_of(groups: Iterable[str], kinds: Mapping[str, str]) -> tuple[Family, float]:
+    """Family and how sure it is, from names and kinds of layers alone."""
+    names = " ".join(groups).lower()
+    present = set(kinds.values())
+    linear = sum(kind == "Linear" for kind in kinds.values())
+    if "MultiheadAttention" in present or "attn" in names or "attention" in names:
+        return Family.TRANSFORMER, 0.9
+    if {"Embedding", "LayerNorm"} <= present:
+        return Family.TRANSFORMER, 0.7
+    if any(kind.startswith("Conv") for kind in present):
+        return Family.CNN, 0.8
+    if present & {"LSTM", "GRU", "RNN"}:
+        return Family.RNN, 0.9
+    if "Embedding" in present:
+        return Family.EMBEDDING, 0.6
+    if linear == 1 and len(kinds) == 1:
+        return Family.LINEAR, 0.8
+    if linear:
+        return Family.MLP, 0.7
+    return Family.UNKNOWN, 0.3
+
+
+def foreign(framework: str, file_format: str, file_bytes: int, why_not: str, **more: str) -> ModelProfile:
+    """A format that is named but not read: nothing about its inside is claimed."""
+    architecture = more.get("architecture", "")
+    return ModelProfile(
+        framework=framework,
+        format=file_format,
+        family=Family.UNKNOWN,
+        task="unknown",
+        parameters=0,
+        bytes=file_bytes,
+        trainable=False,
+        dtypes=(),
+        input_shape=None,
+        complexity=complexity_of(0),
+        layers=(LayerProfile("model", architecture, 0, 0.0, 0.0, 0.0),) if architecture else (),
+        requirements=Requirements(0.0, 0, 0, 0.0, "unknown"),
+        confidence=0.5,
+        unknown=("parameters", "layers", "family", "task", "input_shape", "requirements"),
+        why_not=why_not,
+    )

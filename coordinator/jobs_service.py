@@ -1,0 +1,316 @@
+"""The Jobs service: what people and programs ask. gRPC in, decisions and documents out; nothing is computed here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coordinator import views
+from coordinator.blobs import BlobStore
+from coordinator.control import events as e
+from coordinator.controller import Controller
+from coordinator.doctor import Doctor
+from coordinator.identification import Identifier
+from coordinator.interceptors import caller
+from coordinator.job_folder import JobFolders
+from coordinator.log_follow import follow_logs
+from coordinator.placement import Placement
+from coordinator.records import Event, Job
+from coordinator.sessions import Sessions
+from coordinator.store.protocol import Store
+from coordinator.submission import Submission, of_request
+from coordinator.token_book import TokenBook
+from protos import documents, jobspec
+from protos.artifact import Manifest, check_manifest
+from protos.capacity import Capacity
+from protos.errors import ErrorCode, HiveError, NotFound, SpecError, Unreachable
+from protos.gen import jobs_pb2, jobs_pb2_grpc
+from protos.ids import JobId, NodeId, new_job_id
+from protos.plan import Identification, NodeView, Plan
+from protos.states import TERMINAL_JOB_STATES, Activity, JobState, Reason
+from protos.token import Role
+
+_LOCATE_S = 10.0
+_EVENT_PAGE = 500
+_EVENT_WAIT_S = 30.0
+
+
+@dataclass(slots=True)
+class JobsService(jobs_pb2_grpc.JobsServicer):
+    store: Store
+    controller: Controller
+    sessions: Sessions
+    identifier: Identifier
+    placement: Placement
+    folders: JobFolders
+    blobs: BlobStore
+    tokens: TokenBook
+    doctor: Doctor
+    lan: Callable[[], Sequence[dict[str, Any]]]
+    token_text: Callable[[str], str]  # of a secret
+    join_command: Callable[[str, Role], str]
+
+    # ---- cluster
+
+    async def Nodes(self, request: jobs_pb2.NodesRequest, context: Any) -> jobs_pb2.Document:
+        content: dict[str, Any] = {"nodes": [self._node(NodeId(node_id)) for node_id in self.controller.state.nodes]}
+        if request.lan:
+            content["lan"] = list(self.lan())
+        return _answer(**content)
+
+    def _node(self, node_id: NodeId) -> dict[str, Any]:
+        state = self.controller.state
+        status = state.nodes[node_id]
+        session = self.sessions.get(node_id)
+        capacity = session.capacity if session else self.controller.capacity(node_id)
+        activity, reason = status.activity, status.reason
+        if node_id in state.busy() and activity is Activity.IDLE:
+            activity = Activity.BUSY
+        view = NodeView(node_id, status.name, capacity or _UNKNOWN, status.link, status.eligibility, activity, reason)
+        return views.node(view, capacity)
+
+    async def ControlNode(self, request: jobs_pb2.NodeControlRequest, context: Any) -> jobs_pb2.Document:
+        node_id = self._find_node(request.node_id)
+        await self.controller.post(e.NodeControlled(node_id, request.action))
+        if request.action == "remove":
+            session = self.sessions.get(node_id)
+            if session is not None:
+                session.close()
+        return _answer(node=self._node(node_id))
+
+    def _find_node(self, named: str) -> NodeId:
+        """By id, or by a name that only one node has."""
+        nodes = self.controller.state.nodes
+        if NodeId(named) in nodes:
+            return NodeId(named)
+        found = [node_id for node_id, node in nodes.items() if node.name == named]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise SpecError(f"{len(found)} nodes are called {named}", "use the id", code=ErrorCode.USAGE)
+        raise NotFound(f"no node {named}", "hive nodes lists them")
+
+    async def Doctor(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
+        return _answer(checks=await self.doctor.checks())
+
+    # ---- jobs
+
+    async def Plan(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
+        submission = of_request(request)
+        await self._check_content(submission)
+        await self.identifier.check_file(submission)
+        nodes = self.controller.state.willing()
+        if not nodes:
+            raise HiveError(
+                "no node has joined that takes work: there is nothing to plan with",
+                "start one with hive-node start --token TOKEN; hive token create prints the whole command",
+                code=ErrorCode.NO_PLACEMENT,
+            )
+        found = await self.identifier.identify(submission, JobId("plan"), nodes)
+        return _answer(**views.plan(self.placement.plan_now(submission, found, nodes), found))
+
+    async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
+        if request.idempotency_key:
+            known = await self.store.job_by_idempotency_key(request.idempotency_key)
+            if known is not None:
+                return _answer(job=self._job(known))
+        submission = of_request(request)
+        await self._check_content(submission)
+        await self.identifier.check_file(submission)
+        now_s = time.time()
+        record = Job(
+            job_id=new_job_id(),
+            name=submission.spec.name,
+            owner=caller(context).name or caller(context).id,
+            state=JobState.SUBMITTED,
+            reason=Reason.NONE,
+            spec_json=jobspec.dump(submission.spec).encode(),
+            created_s=now_s,
+            updated_s=now_s,
+            code_json=_encoded(submission.code),
+            data_json=_encoded(submission.data),
+            test_json=_encoded(submission.test),
+            weights_json=_encoded(submission.weights),
+            idempotency_key=request.idempotency_key or None,
+        )
+        await self.controller.submit(record)
+        made = await self.store.job(record.job_id)
+        return _answer(job=self._job(made or record))
+
+    async def _check_content(self, submission: Submission) -> None:
+        """Every file is here, or at a path that all connected nodes see."""
+        for name, manifest in submission.manifests.items():
+            missing = await self.blobs.missing([entry.digest for entry in manifest.files])
+            if missing and name in ("data", "test"):
+                shared = await self._shared(manifest)
+                missing = tuple(digest for digest in missing if digest not in shared)
+            if missing:
+                paths = [entry.path for entry in manifest.files if entry.digest in missing]
+                raise SpecError(
+                    f"the {name} file {paths[0]} was not uploaded", "submit again: hive submit uploads what is missing"
+                )
+
+    async def Locate(self, request: jobs_pb2.LocateRequest, context: Any) -> jobs_pb2.LocateReply:
+        manifest = check_manifest(documents.decode(Manifest, request.manifest_json))
+        missing = await self.blobs.missing([entry.digest for entry in manifest.files])
+        shared = await self._shared(manifest) if missing else frozenset()
+        return jobs_pb2.LocateReply(missing_digests=missing, shared_digests=sorted(shared))
+
+    async def _shared(self, manifest: Manifest) -> frozenset[str]:
+        """Digests that every connected node sees at the path they come from; nothing when no node is connected."""
+        if not any(entry.origin for entry in manifest.files) or not self.sessions:
+            return frozenset()
+        asked = [self.sessions.who_sees(node_id, manifest, _LOCATE_S) for node_id in list(self.sessions)]
+        seen = await asyncio.gather(*asked)
+        return frozenset.intersection(*seen)
+
+    async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
+        states = None if request.all else [state for state in JobState if state not in TERMINAL_JOB_STATES]
+        found = await self.store.jobs(states, limit=request.limit or 100)
+        return _answer(jobs=[self._job(record) for record in found])
+
+    async def Show(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
+        record = await self._record(request.job_id)
+        rows = await self.store.attempts(record.job_id)
+        return _answer(job=self._job(record), attempts=views.attempts(rows, self._names()))
+
+    async def _record(self, job_id: str) -> Job:
+        record = await self.store.job(JobId(job_id))
+        if record is None:
+            raise NotFound(f"no job {job_id[:40]}", "hive ps --all lists all jobs")
+        return record
+
+    def _job(self, record: Job) -> dict[str, Any]:
+        return views.job(record, self._names(), self.controller.progress(record.job_id), time.time())
+
+    def _names(self) -> dict[str, str]:
+        return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}
+
+    async def Explain(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
+        record = await self._record(request.job_id)
+        if record.plan_json is None:
+            raise HiveError(
+                f"{record.job_id} has no plan yet: {record.message or record.state.value.lower()}",
+                "hive show tells where it is",
+                code=ErrorCode.CONFLICT,
+            )
+        plan = documents.decode(Plan, record.plan_json)
+        found = documents.decode(Identification, record.profile_json) if record.profile_json else None
+        result = json.loads(record.result_json) if record.result_json else {}
+        return _answer(**views.plan(plan, found), measured=result.get("measured"), job=self._job(record))
+
+    async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
+        record = await self._record(request.job_id)
+        lines = await asyncio.to_thread(self.folders.metrics, record.job_id, request.after_step)
+        return jobs_pb2.Document(json=_bounded(lines))
+
+    async def Control(self, request: jobs_pb2.ControlRequest, context: Any) -> jobs_pb2.Document:
+        record = await self._record(request.job_id)
+        await self.controller.post(e.UserAsked(record.job_id, request.action))
+        return _answer(job=self._job(await self._record(request.job_id)))
+
+    # ---- streams
+
+    async def Events(self, request: jobs_pb2.EventsRequest, context: Any) -> AsyncIterator[jobs_pb2.Event]:
+        job_id = JobId(request.job_id) if request.job_id else None
+        if job_id is not None:
+            await self._record(job_id)
+        after = request.after_seq
+        while True:
+            if request.follow:
+                page = await self.store.events_after(after, _EVENT_WAIT_S, job_id, limit=_EVENT_PAGE)
+            else:
+                page = await self.store.events(after, job_id, limit=_EVENT_PAGE)
+            for event in page:
+                after = event.seq
+                yield _event(event)
+            if not page and not request.follow:
+                return
+
+    async def Logs(self, request: jobs_pb2.LogsRequest, context: Any) -> AsyncIterator[jobs_pb2.LogChunk]:
+        await self._record(request.job_id)
+        chunks = follow_logs(
+            self.store, self.folders, JobId(request.job_id), request.rank, request.after_bytes, request.follow
+        )
+        async for chunk in chunks:
+            yield chunk
+
+    # ---- tokens
+
+    async def CreateToken(self, request: jobs_pb2.TokenRequest, context: Any) -> jobs_pb2.Document:
+        role = _role(request.role)
+        token_id, secret = await self.tokens.create(role, request.uses or None, request.lifetime_s)
+        token = self.token_text(secret)
+        made = {
+            "id": token_id,
+            "token": token,
+            "role": role.value,
+            "uses": request.uses or None,
+            "expires_s": time.time() + request.lifetime_s,
+            "join": self.join_command(token, role),
+        }
+        return _answer(token=made)
+
+    async def ListTokens(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
+        now_s = time.time()
+        found = [views.token(record) for record in await self.tokens.list()]
+        alive = [t for t in found if not t["revoked"] and t["expires_s"] > now_s and t["uses_left"] != 0]
+        return _answer(tokens=found if request.all else alive)
+
+    async def RevokeToken(self, request: jobs_pb2.RevokeRequest, context: Any) -> jobs_pb2.Document:
+        await self.tokens.revoke(request.token_id)
+        found = [views.token(record) for record in await self.tokens.list() if record.token_id == request.token_id]
+        return _answer(tokens=found)
+
+
+_UNKNOWN = Capacity("", "", "", "", 0.0, 0, 0, 0, 0)
+_MAX_METRICS_BYTES = 3_500_000
+
+
+def _answer(**content: Any) -> jobs_pb2.Document:
+    return jobs_pb2.Document(json=views.document(**content))
+
+
+def _bounded(lines: list[dict[str, Any]]) -> bytes:
+    """As many records as one message holds; `more` says to ask again after the last step."""
+    low, high = 0, len(lines)
+    whole = views.document(metrics=lines, more=False)
+    if len(whole) <= _MAX_METRICS_BYTES:
+        return whole
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(views.document(metrics=lines[:middle], more=True)) <= _MAX_METRICS_BYTES:
+            low = middle
+        else:
+            high = middle
+    return views.document(metrics=lines[:low], more=True)
+
+
+def _encoded(manifest: Manifest | None) -> bytes | None:
+    return documents.encode(manifest) if manifest is not None else None
+
+
+def _event(event: Event) -> jobs_pb2.Event:
+    return jobs_pb2.Event(
+        seq=event.seq,
+        time_unix_s=event.time_s,
+        kind=event.kind,
+        job_id=event.job_id or "",
+        node_id=event.node_id or "",
+        payload_json=event.payload_json,
+    )
+
+
+def _role(text: str) -> Role:
+    try:
+        return Role(text)
+    except ValueError:
+        roles = ", ".join(role.value for role in Role)
+        raise SpecError(f"there is no role {text[:40]!r}", f"use one of {roles}", code=ErrorCode.USAGE) from None
+
+
+__all__ = ["JobsService", "Unreachable"]

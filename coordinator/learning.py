@@ -1,0 +1,262 @@
+"""What is written down of each choice and what came of it, and the learner that reads it.
+
+The `decision` and `outcome` events in the log are the source of truth, appended in the same transaction as the job; the
+learner applies each once, in the order of seq, and keeps a snapshot that only spares a replay.
+
+T_meas = startup + transfer + evaluation + planned steps * median step. It is scaled to the planned steps, so pauses,
+checkpoints and lost steps do not count. A job teaches nothing (`counted` false, with the reason) unless it ran to its
+end on the nodes it was first planned for: after a re-formation its steps belong to another group than predicted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from coordinator.store.protocol import Store
+from protos.jobspec import JobSpec
+from protos.model import ModelProfile
+from protos.plan import DataProfile, Plan
+from protos.work import Metrics, Usage
+from qtable import snapshot
+from qtable.policy import Ledger
+from qtable.prior import Prior, load_prior
+from qtable.replay import OutcomeRecord, apply
+from qtable.reward import reward
+from qtable.state import SHAPE, StateKey
+from qtable.table import QTable
+from strategies.cost import COST_MODEL_VERSION
+
+DECISION = "decision"
+OUTCOME = "outcome"
+KINDS = (DECISION, OUTCOME)
+_PAGE = 1000
+_EXPLORED_BELOW = 0.5  # propensity: an action taken against the greedy one has at most epsilon / 2
+_AROUND = ("startup", "transfer", "evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a job that ended really took. `step_s` is the median; `generations` how many groups were formed for it."""
+
+    finished: bool
+    generations: int
+    steps: int
+    step_s: float
+    startup_s: float
+
+
+def median_step_s(metrics: Sequence[Metrics]) -> float | None:
+    """Of the training records of one rank, in order; None when there are fewer than two. Evaluations do not count."""
+    seconds = [
+        (after.time - before.time) / (after.step - before.step)
+        for before, after in pairwise(metrics)
+        if before.stage == after.stage == "train" and after.step > before.step and after.time > before.time
+    ]
+    return median(seconds) if seconds else None
+
+
+def measure(
+    usages: Sequence[Usage], metrics: Sequence[Metrics] = (), *, finished: bool = True, generations: int = 1
+) -> Measured:
+    """From the last generation's usages, one per rank, and rank 0's records when there are any: the slowest counts."""
+    by_records = median_step_s(metrics)
+    by_loop = max((usage.seconds / usage.steps for usage in usages if usage.steps), default=0.0)
+    return Measured(
+        finished,
+        generations,
+        max((usage.steps for usage in usages), default=0),
+        by_loop if by_records is None else by_records,
+        max((usage.startup_s for usage in usages), default=0.0),
+    )
+
+
+def decision_payload(
+    plan: Plan, spec: JobSpec, profile: ModelProfile, data: DataProfile, *, replanned: bool = False
+) -> dict[str, Any]:
+    """Features, mask, predictions and propensity of a choice. A choice that was forced has nothing to explore."""
+    free = spec.strategy == "auto" and not replanned
+    explored = free and plan.propensity < _EXPLORED_BELOW
+    return {
+        "plan_id": plan.id,
+        "strategy": plan.strategy,
+        "state": list(plan.state),
+        "features": {
+            "parameters": profile.parameters,
+            "family": profile.family.value,
+            "flops_per_sample": profile.flops_per_sample,
+            "rows": data.rows,
+            "data_bytes": data.bytes,
+            "batch_size": spec.train.batch_size,
+            "steps": plan.steps,
+            "precision": spec.train.precision,
+        },
+        "candidates": [
+            {
+                "strategy": candidate.strategy,
+                "feasible": candidate.feasible,
+                "reasons": list(candidate.reasons),
+                "nodes": list(candidate.nodes),
+                "seconds": candidate.seconds,
+                "step_s": candidate.step_s,
+                "q": candidate.q,
+                "residual": candidate.residual,
+                "visits": candidate.visits,
+            }
+            for candidate in plan.candidates
+        ],
+        "predicted_s": plan.estimate.seconds,
+        "propensity": plan.propensity,
+        "forced": not free,
+        "explored": explored,
+        "expected_loss_s": _expected_loss_s(plan) if explored else 0.0,
+        "cost_model_version": COST_MODEL_VERSION,
+    }
+
+
+def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
+    """What a choice led to, beside its prediction. `reward` is None when the job teaches nothing; `why` says why."""
+    steps = plan.steps or measured.steps
+    around = {name: plan.estimate.terms.get(name, 0.0) for name in _AROUND}
+    predicted_s = sum(around.values()) + steps * plan.estimate.step_s
+    if measured.startup_s > 0:
+        around["startup"] = measured.startup_s
+    measured_s = sum(around.values()) + steps * measured.step_s
+    why = ""
+    if not measured.finished:
+        why = "the job did not run to its end"
+    elif measured.generations > 1:
+        why = f"re-formed {measured.generations - 1} times: its steps ran in other groups than the one predicted"
+    elif measured.steps < 1 or not measured.step_s > 0:
+        why = "no step was measured"
+    return {
+        "plan_id": plan.id,
+        "strategy": plan.strategy,
+        "state": list(plan.state),
+        "predicted_s": predicted_s,
+        "measured_s": measured_s,
+        "predicted_step_s": plan.estimate.step_s,
+        "measured_step_s": measured.step_s,
+        "steps": measured.steps,
+        "reward": None if why else reward(predicted_s, measured_s),
+        "counted": not why,
+        "why": why,
+        "cost_model_version": COST_MODEL_VERSION,
+    }
+
+
+def _expected_loss_s(plan: Plan) -> float:
+    """Corrected prediction of what was taken less that of the best: T e^-residual."""
+    corrected = {c.strategy: c.seconds * math.exp(-c.residual) for c in plan.candidates if c.seconds is not None}
+    return max(0.0, corrected[plan.strategy] - min(corrected.values()))
+
+
+class Learner:
+    """Holds the table and the exploration ledger; one per coordinator. `notes` says where it started from."""
+
+    def __init__(self, path: Path, prior: Prior | None = None) -> None:
+        self._path = path
+        self._prior = prior or load_prior()
+        self._lock = asyncio.Lock()
+        self.table: QTable = self._prior.table()
+        self.ledger = Ledger()
+        loaded = snapshot.load(path)
+        self.notes = loaded.reason
+        if loaded.table is not None and loaded.table.cost_model_version != self._prior.cost_model_version:
+            self.notes += ", of another cost model: the log is read again"
+        elif loaded.table is not None:
+            self.table, self.ledger = loaded.table, loaded.ledger
+
+    def apply(self, seq: int, kind: str, payload: Mapping[str, Any]) -> bool:
+        """One event of KINDS, in the order of seq; True when it changed the table or the ledger.
+
+        An event at or below the last one applied is passed over, and so is one that this version cannot read (a later
+        version wrote it), which `notes` then says: one odd event must not stop the coordinator from planning.
+        """
+        if seq <= self.table.last_seq:
+            return False
+        try:
+            changed = self._decision(payload) if kind == DECISION else self._outcome(seq, payload)
+        except (KeyError, TypeError, ValueError) as error:
+            self.notes += f"; event {seq} was passed over: {type(error).__name__}: {error}"
+            changed = False
+        self.table.last_seq = seq
+        return changed
+
+    def _decision(self, payload: Mapping[str, Any]) -> bool:
+        loss_s = float(payload["expected_loss_s"]) if payload["explored"] else 0.0
+        self.ledger = self.ledger.charged(loss_s)
+        return loss_s > 0
+
+    def _outcome(self, seq: int, payload: Mapping[str, Any]) -> bool:
+        if not payload["counted"]:
+            return False
+        record = OutcomeRecord(
+            seq,
+            _key(payload["state"]),
+            str(payload["strategy"]),
+            float(payload["predicted_s"]),
+            float(payload["measured_s"]),
+            int(payload["cost_model_version"]),
+        )
+        if not apply(self.table, record):
+            return False
+        self.ledger = self.ledger.credited(record.measured_s)
+        return True
+
+    def rebuild(self) -> None:
+        """Forget everything: the next catch_up reads the log from its beginning."""
+        self.table, self.ledger = self._prior.table(), Ledger()
+
+    def save(self) -> None:
+        """Blocks for two fsyncs. Raises OSError; nothing learned is lost by that, the log has it."""
+        snapshot.save(self._path, self.table, self.ledger)
+
+    async def catch_up(self, store: Store) -> int:
+        """Apply what the log holds beyond the last event applied, then save; the number of events read.
+
+        Called at start and after every commit that appended an event of KINDS: reading the log rather than being handed
+        the event keeps the order of seq whoever commits first. A snapshot whose last event is not in this log is of
+        another database, and the log wins.
+        """
+        async with self._lock:
+            if last_seq := self.table.last_seq:
+                found = await store.events(last_seq - 1, None, KINDS, 1)
+                if not found or found[0].seq != last_seq:
+                    self.notes += f"; event {last_seq} is not in this log, which is read again"
+                    self.rebuild()
+            read = 0
+            while page := await store.events(self.table.last_seq, None, KINDS, _PAGE):
+                for event in page:
+                    self.apply(event.seq, event.kind, json.loads(event.payload_json))
+                read += len(page)
+            if read:
+                await asyncio.to_thread(self.save)
+            return read
+
+
+def _key(state: Sequence[int]) -> StateKey:
+    key = StateKey(*(int(part) for part in state))
+    if any(not 0 <= part < size for part, size in zip(key, SHAPE, strict=False)):
+        raise ValueError(f"no such cell: {key}")
+    return key
+
+
+__all__ = [
+    "DECISION",
+    "KINDS",
+    "OUTCOME",
+    "Learner",
+    "Measured",
+    "decision_payload",
+    "measure",
+    "median_step_s",
+    "outcome_payload",
+]

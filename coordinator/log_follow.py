@@ -1,0 +1,53 @@
+"""One rank's output as a stream: what is there, then what comes, until the job has ended. Never ends before it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from coordinator.job_folder import JobFolders
+from coordinator.store.protocol import Store
+from protos import limits
+from protos.errors import NotFound
+from protos.gen import jobs_pb2
+from protos.ids import JobId
+from protos.states import TERMINAL_JOB_STATES
+
+_LOOK_AGAIN_S = 1.0  # for the job's end, which is no output
+
+
+async def follow_logs(
+    store: Store, folders: JobFolders, job_id: JobId, rank: int, after_bytes: int, follow: bool
+) -> AsyncIterator[jobs_pb2.LogChunk]:
+    """Chunks from a byte position on; the last one says `finished` when the job has ended."""
+    path = folders.log_path(job_id, rank)
+    position = after_bytes
+    while True:
+        changed = folders.changed
+        job = await store.job(job_id)
+        if job is None:
+            raise NotFound(f"no job {job_id}", "hive ps --all lists all jobs")
+        ended = job.state in TERMINAL_JOB_STATES
+        while text := await asyncio.to_thread(_read, path, position):
+            position += len(text)
+            yield jobs_pb2.LogChunk(text=text, end_bytes=position, state=job.state.value)
+        if ended or not follow:
+            yield jobs_pb2.LogChunk(end_bytes=position, finished=ended, state=job.state.value)
+            return
+        try:
+            async with asyncio.timeout(_LOOK_AGAIN_S):
+                await changed.wait()
+        except TimeoutError:
+            continue
+
+
+def _read(path: Path, position: int) -> bytes:
+    """Up to a chunk from a position, ending at a line where possible: a torn UTF-8 character is left for later."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(position)
+        text = file.read(limits.CHUNK_BYTES)
+    end = text.rfind(b"\n") + 1
+    return text[:end] if end else text

@@ -1,0 +1,112 @@
+"""Between the control loop's question "where can this job run now" and the planner's answer.
+
+Owns what is waiting and what is refusal: a job waits for nodes that are busy or too few, and is refused when no change
+of that kind would help. A question that was just answered with no is not asked again until something changed.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from coordinator import planner
+from coordinator.cluster import cluster_view
+from coordinator.control.events import Unplaced
+from coordinator.learning import Learner
+from coordinator.sessions import Sessions
+from coordinator.submission import Submission
+from protos.errors import NoPlacement
+from protos.ids import JobId, NodeId
+from protos.jobspec import JobSpec, StrategyName
+from protos.plan import Identification, Plan
+from protos.states import Reason
+
+JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the planner needs of a job, decoded once."""
+
+    submission: Submission
+    found: Identification
+
+
+class Placement:
+    def __init__(self, sessions: Sessions, learner: Learner, rng: random.Random) -> None:
+        self._sessions = sessions
+        self._learner = learner
+        self._rng = rng
+        self._jobs: dict[JobId, Known] = {}
+        self._refused: dict[JobId, tuple[object, Unplaced]] = {}
+
+    def know(self, job_id: JobId, submission: Submission, found: Identification) -> None:
+        self._jobs[job_id] = Known(submission, found)
+
+    def known(self, job_id: JobId) -> Known | None:
+        return self._jobs.get(job_id)
+
+    def forget(self, job_id: JobId) -> None:
+        self._jobs.pop(job_id, None)
+        self._refused.pop(job_id, None)
+
+    def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
+        """A dry run over all nodes that would take work. Raises NoPlacement."""
+        if not nodes:
+            raise NoPlacement("no node has joined that takes work", JOIN_HINT)
+        view = cluster_view(self._sessions, nodes)
+        learner = self._learner
+        return planner.plan(submission.spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
+
+    def plan_for(
+        self,
+        job_id: JobId,
+        idle: tuple[NodeId, ...],
+        willing: tuple[NodeId, ...],
+        holders: tuple[NodeId, ...],
+        previous: str | None,
+    ) -> Plan | Unplaced:
+        """coordinator.control.events.PlanFor."""
+        known = self._jobs[job_id]
+        situation = (idle, willing, holders, tuple(id(self._sessions[n].capacity) for n in idle if n in self._sessions))
+        refused = self._refused.get(job_id)
+        if refused is not None and refused[0] == situation:
+            return refused[1]
+        placed = self._place(known, idle, willing, holders, previous)
+        if isinstance(placed, Unplaced):
+            self._refused[job_id] = (situation, placed)
+        else:
+            self._refused.pop(job_id, None)
+        return placed
+
+    def _place(
+        self,
+        known: Known,
+        idle: tuple[NodeId, ...],
+        willing: tuple[NodeId, ...],
+        holders: tuple[NodeId, ...],
+        previous: str | None,
+    ) -> Plan | Unplaced:
+        spec, found, learner = known.submission.spec, known.found, self._learner
+        if not willing:
+            return Unplaced("no node is here that takes work", JOIN_HINT, False, Reason.WAITING_FOR_NODES)
+        view = cluster_view(self._sessions, idle)
+        try:
+            if previous is not None:
+                return planner.replan(previous, spec, found.profile, found.data, view, learner.table, holders=holders)
+            return planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
+        except NoPlacement as error:
+            everyone = cluster_view(self._sessions, willing)
+            if len(idle) < len(willing) and planner.placeable_when_idle(spec, found.profile, found.data, everyone):
+                return Unplaced(
+                    "waits for nodes that are busy with earlier jobs", "", False, Reason.WAITING_FOR_BUSY_NODES
+                )
+            too_few = len(willing) < _needed(spec)
+            if too_few or previous is not None:
+                message = f"needs {_needed(spec)} nodes, {len(willing)} take work" if too_few else error.message
+                return Unplaced(message, JOIN_HINT if too_few else error.hint, False, Reason.WAITING_FOR_NODES)
+            return Unplaced(error.message, error.hint, True, Reason.NO_PLACEMENT)
+
+
+def _needed(spec: JobSpec) -> int:
+    return max(spec.nodes.min, 1 if spec.strategy in ("auto", StrategyName.SINGLE_NODE) else 2)

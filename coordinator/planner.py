@@ -1,0 +1,240 @@
+"""From a job, what is known of its model and data, and the cluster, to the plan: pure.
+
+Enumerates all five strategies, drops those that cannot be with their reasons, lets the cost model rank the rest and the
+Q-table correct the ranking. The reason always comes with the decision. Refuses (NoPlacement) rather than guesses.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from protos.errors import NoPlacement
+from protos.ids import NodeId, PlanId, new_plan_id
+from protos.jobspec import JobSpec, StrategyName
+from protos.model import ModelProfile
+from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Plan
+from protos.states import Activity
+from qtable.backoff import residuals
+from qtable.policy import FAR, Ledger, choose
+from qtable.state import Observation, StateKey
+from qtable.table import QTable
+from strategies.base import NOT_BUILT, Inputs, PlacedEstimate, registry
+from strategies.cost import assumed_rows, assumed_steps
+from strategies.links import median_rtt_s
+
+RENDEZVOUS = "store over the session stream"
+RETRIES = 3
+_START_DEADLINE_S, _LONGEST_START_S = 120.0, 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Consideration:
+    """Everything that was weighed: a candidate per strategy, and the placed estimate of each feasible one."""
+
+    inputs: Inputs
+    key: StateKey
+    candidates: tuple[Candidate, ...]
+    placed: dict[str, PlacedEstimate]
+    residuals: dict[str, float]
+
+
+def plan(
+    spec: JobSpec,
+    profile: ModelProfile,
+    data: DataProfile,
+    cluster: ClusterView,
+    table: QTable,
+    rng: random.Random,
+    ledger: Ledger,
+    *,
+    plan_id: PlanId | None = None,
+) -> Plan:
+    """The plan of a job that starts. A strategy the job file names is taken or refused, never replaced.
+
+    Raises NoPlacement whose message holds the reasons of every strategy that was considered.
+    """
+    considered = consider(Inputs(spec, profile, data, cluster), table)
+    if spec.strategy != "auto":
+        return _forced(considered, spec.strategy, "as the job file asks", plan_id)
+    seconds = {name: placed.cost.seconds for name, placed in considered.placed.items()}
+    if not seconds:
+        raise _no_placement(considered, StrategyName)
+    choice = choose(seconds, (), considered.residuals, rng, ledger)
+    return _plan(considered, choice.action, choice.reason, choice.propensity, plan_id)
+
+
+def replan(
+    previous: str,
+    spec: JobSpec,
+    profile: ModelProfile,
+    data: DataProfile,
+    cluster: ClusterView,
+    table: QTable,
+    *,
+    holders: Iterable[NodeId] = (),
+    plan_id: PlanId | None = None,
+) -> Plan:
+    """The plan with which an interrupted job goes on: the same strategy when it still fits, else on one node.
+
+    At least one of `holders` (nodes that have the newest state) takes part. Results do not depend on the strategy, so a
+    strategy the job file names gives way to single_node here rather than to waiting; nodes.min never gives way.
+    """
+    considered = consider(Inputs(spec, profile, data, cluster, frozenset(holders)), table)
+    if previous in considered.placed:
+        return _forced(considered, previous, "goes on as before with the nodes that are left", plan_id)
+    fallback = StrategyName.SINGLE_NODE.value
+    if fallback in considered.placed:
+        lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
+        return _forced(considered, fallback, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
+    raise _no_placement(considered, dict.fromkeys((previous, fallback)))
+
+
+def placeable_when_idle(spec: JobSpec, profile: ModelProfile, data: DataProfile, cluster: ClusterView) -> bool:
+    """Whether the job would find a place once the nodes that are busy have finished: wait for them, or say no."""
+    idle = tuple(
+        replace(node, activity=Activity.IDLE) if node.activity is Activity.BUSY else node for node in cluster.nodes
+    )
+    inputs = Inputs(spec, profile, data, replace(cluster, nodes=idle))
+    wanted = [s for name, s in registry().items() if spec.strategy in ("auto", name.value)]
+    return any(not strategy.feasible(inputs) for strategy in wanted)
+
+
+def consider(inputs: Inputs, table: QTable) -> Consideration:
+    """Ask every strategy, in the order of StrategyName."""
+    nodes = inputs.eligible
+    observation = Observation(
+        inputs.profile.parameters,
+        assumed_rows(inputs.profile, inputs.data),
+        len(nodes),
+        median_rtt_s(inputs.cluster, nodes),
+    )
+    key = observation.key
+    learned = residuals(table, key)
+    built = registry()
+    placed: dict[str, PlacedEstimate] = {}
+    reasons: dict[str, tuple[str, ...]] = {}
+    for name in StrategyName:
+        strategy = built.get(name)
+        reasons[name.value] = (NOT_BUILT,) if strategy is None else strategy.feasible(inputs)
+        if strategy is not None and not reasons[name.value]:
+            placed[name.value] = strategy.estimate(inputs)
+    best_s = min((estimate.cost.seconds for estimate in placed.values()), default=0.0)
+    candidates = []
+    for name in StrategyName:
+        candidate = Candidate(
+            strategy=name.value,
+            feasible=name.value in placed,
+            reasons=reasons[name.value],
+            q=table.value(key, name.value),
+            residual=learned[name.value],
+            visits=table.visits(key, name.value),
+        )
+        estimate = placed.get(name.value)
+        candidates.append(candidate if estimate is None else _predicted(inputs, candidate, estimate, best_s))
+    return Consideration(inputs, key, tuple(candidates), placed, learned)
+
+
+def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, best_s: float) -> Candidate:
+    ratio = estimate.cost.seconds / best_s
+    far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR else ()
+    steps = estimate.steps or assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
+    return replace(
+        candidate,
+        reasons=far,
+        nodes=estimate.nodes,
+        seconds=estimate.cost.seconds,
+        step_s=estimate.cost.step_s,
+        bytes=estimate.cost.bytes_per_step * steps,
+        memory_bytes=estimate.cost.peak_memory_bytes,
+        terms=estimate.cost.terms,
+    )
+
+
+def _forced(considered: Consideration, strategy: str, why: str, plan_id: PlanId | None) -> Plan:
+    if strategy not in considered.placed:
+        raise _no_placement(considered, (strategy,))
+    return _plan(considered, strategy, why, 1.0, plan_id)
+
+
+def _plan(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
+    inputs, placed = considered.inputs, considered.placed[strategy]
+    subtasks = registry()[StrategyName(strategy)].decompose(inputs, placed)
+    return Plan(
+        id=plan_id or new_plan_id(),
+        strategy=strategy,
+        reason=_sentence(considered, strategy, why),
+        candidates=considered.candidates,
+        subtasks=subtasks,
+        coordination_plan=_coordination(placed),
+        estimate=placed.cost,
+        state=(considered.key.complexity, considered.key.samples, considered.key.nodes, considered.key.latency),
+        propensity=propensity,
+        parameters=inputs.profile.parameters,
+        steps=placed.steps,
+    )
+
+
+def _coordination(placed: PlacedEstimate) -> CoordinationPlan:
+    alone = len(placed.placements) == 1
+    barriers = () if alone else ("process group formed", "newest state broadcast", "gradients averaged, every step")
+    return CoordinationPlan(
+        rendezvous="" if alone else RENDEZVOUS,
+        network=placed.network,
+        order=("offer", "fetch", "ready", "train", "evaluate", "deliver")
+        if alone
+        else ("offer", "fetch", "rendezvous", "synchronise state", "ready", "train", "evaluate", "deliver"),
+        barriers=barriers,
+        deadline_s=min(_LONGEST_START_S, max(_START_DEADLINE_S, 60.0 + 3 * placed.transfer_s)),
+        retries=RETRIES,
+        compression=placed.compression,
+    )
+
+
+def _sentence(considered: Consideration, strategy: str, why: str) -> str:
+    """The choice, the predictions beside it and what was not possible, for a person."""
+    names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
+    chosen = considered.placed[strategy]
+    where = ", ".join(names[node] for node in chosen.nodes)
+    parts = [f"{strategy} on {where}: predicted {_seconds(chosen.cost.seconds)}{_sync(chosen)}"]
+    for candidate in considered.candidates:
+        if candidate.strategy == strategy:
+            continue
+        if candidate.seconds is not None:
+            other = considered.placed[candidate.strategy]
+            parts.append(f"{candidate.strategy} {_seconds(candidate.seconds)}{_sync(other)}")
+        elif candidate.reasons != (NOT_BUILT,):
+            parts.append(f"{candidate.strategy} not possible ({'; '.join(candidate.reasons)})")
+    return f"{', '.join(parts)}; {why}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
+
+
+def _sync(placed: PlacedEstimate) -> str:
+    exposed_s = placed.cost.terms.get("sync", 0.0) + placed.cost.terms.get("codec", 0.0)
+    return f" (sync {exposed_s / placed.cost.step_s:.0%} of a step)" if len(placed.placements) > 1 else ""
+
+
+def _no_placement(considered: Consideration, wanted: Iterable[str]) -> NoPlacement:
+    reasons = {c.strategy: "; ".join(c.reasons) for c in considered.candidates if c.strategy in set(wanted)}
+    said = [f"{name}: {why}." for name, why in reasons.items() if why != NOT_BUILT]
+    missing = [name for name, why in reasons.items() if why == NOT_BUILT]
+    if missing:
+        said.append(f"{', '.join(missing)}: {NOT_BUILT}.")
+    return NoPlacement(f"no plan fits the cluster. {' '.join(said)}", _hint(considered, reasons))
+
+
+def _hint(considered: Consideration, reasons: dict[str, str]) -> str:
+    inputs = considered.inputs
+    if not inputs.profile.trainable:
+        return "convert the model as the reason says; hive models identify shows what hive sees in it"
+    if not inputs.cluster.nodes:
+        return "start hive-node on a machine: hive token prints the command to type there"
+    if not inputs.eligible:
+        return "hive nodes shows each node's state; hive-node resume and hive node uncordon bring one back"
+    if any("--trusted-lan" in why for why in reasons.values()):
+        return "restart the nodes of one LAN with --trusted-lan IFACE|CIDR, or use strategy: single_node"
+    return "hive nodes shows what each node grants; grant more, add a node, or ask for less under nodes: and train:"

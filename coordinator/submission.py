@@ -1,0 +1,82 @@
+"""A submit request, decoded and checked: the spec and the manifests of what travels with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coordinator.records import Job
+from protos import documents, jobspec, limits
+from protos.artifact import Manifest, check_manifest
+from protos.errors import SpecError
+from protos.gen import jobs_pb2
+from protos.ids import Fence, JobId
+from protos.jobspec import JobSpec
+from protos.work import Task, TaskKind
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    spec: JobSpec
+    code: Manifest | None
+    data: Manifest | None
+    test: Manifest | None
+    weights: Manifest | None
+
+    @property
+    def manifests(self) -> Mapping[str, Manifest]:
+        every = {"code": self.code, "data": self.data, "test": self.test, "weights": self.weights}
+        return {name: manifest for name, manifest in every.items() if manifest is not None}
+
+    @property
+    def key(self) -> str:
+        """Equal for submissions that build the same model on the same data."""
+        parts = [f"{name}:{manifest.digest}" for name, manifest in self.manifests.items()]
+        # what the name, the number of epochs and the like say does not change what is identified
+        described = self.spec.model_copy(update={"name": "", "strategy": "auto"})
+        return "\n".join([jobspec.dump(described), *parts])
+
+    def task(self, kind: TaskKind, job_id: JobId) -> Task:
+        """A short task of one node about this submission, outside any group."""
+        return Task(
+            kind=kind,
+            job_id=job_id,
+            fence=Fence(0),
+            rank=0,
+            world_size=1,
+            strategy="single_node",
+            spec=self.spec,
+            samples=(self.spec.train.batch_size,),
+            code=self.code,
+            data=self.data,
+            test=self.test,
+            weights=self.weights,
+        )
+
+
+def of_request(request: jobs_pb2.SubmitRequest) -> Submission:
+    """Raises SpecError for a spec or a manifest that is not valid: the client's own check is not trusted."""
+    if len(request.spec_json) > limits.MAX_JOB_SPEC_BYTES:
+        raise SpecError(f"the job is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
+    spec = jobspec.parse_text(request.spec_json.decode("utf-8", "replace"))
+    return Submission(
+        spec,
+        _manifest(request.code_json),
+        _manifest(request.data_json),
+        _manifest(request.test_json),
+        _manifest(request.weights_json),
+    )
+
+
+def of_record(record: Job) -> Submission:
+    return Submission(
+        jobspec.parse_text(record.spec_json.decode()),
+        _manifest(record.code_json),
+        _manifest(record.data_json),
+        _manifest(record.test_json),
+        _manifest(record.weights_json),
+    )
+
+
+def _manifest(document: bytes | None) -> Manifest | None:
+    return check_manifest(documents.decode(Manifest, document)) if document else None

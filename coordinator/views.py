@@ -1,0 +1,109 @@
+"""Records and state as the JSON documents of docs/json.md. Pure: nothing is read or decided here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from coordinator.control.state import NodeStatus
+from coordinator.records import Attempt, Job, TokenRecord
+from protos import documents
+from protos.capacity import Capacity
+from protos.plan import Identification, NodeView, Plan
+from protos.states import TERMINAL_JOB_STATES
+from protos.version import SCHEMA
+
+
+def document(**content: Any) -> bytes:
+    return json.dumps({"schema": SCHEMA, **content}, allow_nan=False, default=str).encode()
+
+
+def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, Any]:
+    activity = view.activity.value
+    bandwidth = capacity.bandwidth_bytes_per_s if capacity else None
+    return {
+        "id": view.node_id,
+        "name": view.name,
+        "link": view.link.value,
+        "eligibility": view.eligibility.value,
+        "activity": activity,
+        "reason": view.reason,
+        "capacity": documents.plain(capacity) if capacity else None,
+        "rtt_s": capacity.rtt_s if capacity else None,
+        "bandwidth_mbps": None if bandwidth is None else bandwidth * 8 / 1e6,
+    }
+
+
+def plan(made: Plan, found: Identification | None = None) -> dict[str, Any]:
+    content: dict[str, Any] = {"plan": documents.plain(made)}
+    if found is not None:
+        content["model"] = model(found)
+        content["data"] = documents.plain(found.data)
+    return content
+
+
+def model(found: Identification) -> dict[str, Any]:
+    shown: dict[str, Any] = documents.plain(found.profile)
+    return shown
+
+
+def job(record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | None, now_s: float) -> dict[str, Any]:
+    """`names`: node id -> name; `progress`: the payload of its newest progress event."""
+    result = json.loads(record.result_json) if record.result_json else {}
+    nodes: Iterable[str] = ()
+    if record.plan_json:
+        nodes = dict.fromkeys(s["node_id"] for s in json.loads(record.plan_json)["subtasks"])
+    progress = progress or result.get("progress") or {}
+    metrics = result.get("metrics") or {
+        key: progress[key] for key in ("loss", "accuracy", "samples_per_s") if progress.get(key) is not None
+    }
+    ended_s = record.finished_s if record.state in TERMINAL_JOB_STATES else now_s
+    seconds = None if record.started_s is None or ended_s is None else max(0.0, ended_s - record.started_s)
+    return {
+        "id": record.job_id,
+        "name": record.name,
+        "state": record.state.value,
+        "reason": record.reason.value,
+        "strategy": record.strategy,
+        "nodes": [names.get(node_id, node_id) for node_id in nodes],
+        "samples": record.samples,
+        "seconds": seconds,
+        "metrics": metrics,
+        "artifacts": result.get("artifacts", []),
+        "message": record.message,
+        "hint": record.hint,
+        "blame": record.blame.value if record.blame else None,
+        "exit_code": record.exit_code,
+        "step": record.step,
+        "steps_total": progress.get("steps_total"),
+        "epoch": progress.get("epoch"),
+        "epochs_total": progress.get("epochs_total"),
+        "fence": record.fence,
+        "owner": record.owner,
+        "submitted_s": record.created_s,
+        "finished_s": record.finished_s,
+    }
+
+
+def token(record: TokenRecord) -> dict[str, Any]:
+    return {
+        "id": record.token_id,
+        "role": record.role,
+        "uses_left": record.uses_left,
+        "expires_s": record.expires_s,
+        "revoked": record.revoked,
+    }
+
+
+def attempts(rows: Iterable[Attempt], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "fence": row.fence,
+            "rank": row.rank,
+            "node": names.get(row.node_id, row.node_id),
+            "state": row.state.value,
+            "outcome": json.loads(row.outcome_json) if row.outcome_json else None,
+        }
+        for row in rows
+    ]

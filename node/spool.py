@@ -1,0 +1,130 @@
+"""Messages that must not be lost: numbered, on disk, sent again until the coordinator has made them durable.
+
+One append-only file per HIVE_HOME (length-prefixed protobuf). Reports and checkpoints are fsynced before they are sent;
+progress and output survive a kill of the daemon, not of the machine. The numbering goes on across restarts, so the
+coordinator recognises what it has already accepted. While the coordinator is away output is bounded, results are not.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import deque
+from pathlib import Path
+
+import structlog
+
+from protos.gen import membership_pb2 as pb
+from protos.ids import JobId, new_spool_id
+
+log = structlog.get_logger()
+
+_LENGTH = struct.Struct("<I")
+_COMPACT_BYTES = 8 * 1024 * 1024
+MAX_WAITING_LOG_BYTES = 32 * 1024 * 1024
+_SYNCED = ("report", "checkpoint_json")
+
+
+class Spool:
+    """`append` numbers and stores a message; `acknowledge` forgets all up to a number."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = folder / "spool"
+        name = folder / "spool.id"
+        if name.exists() and name.read_text().strip():
+            self.spool_id = name.read_text().strip()
+        else:
+            self.spool_id = new_spool_id()
+            name.write_text(self.spool_id + "\n")
+            self._path.unlink(missing_ok=True)
+        self._waiting: deque[pb.Durable] = deque()
+        self._log_bytes = 0
+        self._seq = 0
+        for message in self._load():
+            self._seq = max(self._seq, message.seq)
+            if message.WhichOneof("body") is not None:  # without a body: the last number used before a compaction
+                self._waiting.append(message)
+        self._file = self._path.open("ab")
+
+    def _load(self) -> list[pb.Durable]:
+        """All whole records; a torn tail (killed while writing) is cut off."""
+        if not self._path.exists():
+            return []
+        content = self._path.read_bytes()
+        messages: list[pb.Durable] = []
+        position = 0
+        while position + _LENGTH.size <= len(content):
+            (length,) = _LENGTH.unpack_from(content, position)
+            end = position + _LENGTH.size + length
+            if end > len(content):
+                break
+            messages.append(pb.Durable.FromString(content[position + _LENGTH.size : end]))
+            position = end
+        if position < len(content):
+            os.truncate(self._path, position)
+        return messages
+
+    def append(self, message: pb.Durable) -> pb.Durable | None:
+        """The message with its number, or None when it is output and too much of it waits already."""
+        kind = message.WhichOneof("body")
+        size = message.ByteSize()
+        if kind == "logs":
+            if self._log_bytes + size > MAX_WAITING_LOG_BYTES:
+                return None
+            self._log_bytes += size
+        self._seq += 1
+        message.seq = self._seq
+        self._write(message)
+        if kind in _SYNCED:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._waiting.append(message)
+        return message
+
+    def acknowledge(self, seq: int) -> list[pb.Durable]:
+        """Forget everything up to `seq`; returns what was forgotten, in order."""
+        done: list[pb.Durable] = []
+        while self._waiting and self._waiting[0].seq <= seq:
+            message = self._waiting.popleft()
+            if message.WhichOneof("body") == "logs":
+                self._log_bytes -= message.ByteSize()
+            done.append(message)
+        if done and (not self._waiting or self._file.tell() > _COMPACT_BYTES):
+            self._compact()
+        return done
+
+    def waiting(self, after_seq: int = 0) -> list[pb.Durable]:
+        return [message for message in self._waiting if message.seq > after_seq]
+
+    def reports(self) -> list[pb.Durable]:
+        """Final reports that wait for their acknowledgement, for example of an earlier life of this daemon."""
+        return [m for m in self._waiting if m.WhichOneof("body") == "report" and m.report.outcome_json]
+
+    def forget_job_output(self, job_id: JobId) -> None:
+        """Nothing more is wanted of a job's output and progress."""
+        kept = [
+            message for message in self._waiting if message.job_id != job_id or message.WhichOneof("body") in _SYNCED
+        ]
+        self._waiting = deque(kept)
+        self._log_bytes = sum(m.ByteSize() for m in kept if m.WhichOneof("body") == "logs")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, message: pb.Durable) -> None:
+        content = message.SerializeToString()
+        self._file.write(_LENGTH.pack(len(content)) + content)
+        self._file.flush()
+
+    def _compact(self) -> None:
+        """Rewrite the file with what still waits and the number reached; atomic."""
+        temporary = self._path.with_suffix(".new")
+        with temporary.open("wb") as file:
+            for message in (pb.Durable(seq=self._seq), *self._waiting):
+                content = message.SerializeToString()
+                file.write(_LENGTH.pack(len(content)) + content)
+            file.flush()
+        self._file.close()
+        temporary.replace(self._path)
+        self._file = self._path.open("ab")

@@ -1,0 +1,196 @@
+"""Closed forms of what training costs. Times s, sizes bytes, rates per second; FLOPs of a sample are forward FLOPs.
+
+Plain arithmetic over a model's profile and a node's measured rates; chooses nothing. COST_MODEL_VERSION changes with
+every change of a prediction: what was learned beside one version is not applied to another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from protos.capacity import Capacity, FamilyRate
+from protos.jobspec import TrainSpec
+from protos.model import LayerProfile, ModelProfile
+from protos.plan import DataProfile
+from strategies.memory import bytes_per_parameter
+
+COST_MODEL_VERSION = 1
+
+TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
+OVERLAP = 1.5  # g of `mix`, before it is learned
+TINY_FLOPS_PER_SAMPLE = 2e4  # below, kernels never reach their sustained rate: the "tiny" family was measured there
+STARTUP_S = 0.5  # warm worker: fork, build the model, open the data
+GROUP_S = 0.2  # rendezvous and process group of two
+GROUP_PER_RANK_S = 0.05
+CODEC_BYTES_PER_S = 2e9  # fp32 to fp16 or back, one thread
+FP16_PENALTY = 0.01  # of the compute time, for what rounding the gradients may cost in convergence
+EVALUATION_FACTOR = 1.0  # forward only
+
+_UNMEASURED_FLOPS_PER_CORE = 4e9
+_UNMEASURED_OVERHEAD_S = 0.001
+_UNMEASURED_MEMORY_BYTES_PER_S = 8e9
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One node on one model: a step of m micro-batches and b samples computes m * overhead_s + seconds_per_sample * b,
+    then updates the weights in optimizer_s."""
+
+    overhead_s: float
+    seconds_per_sample: float
+    optimizer_s: float
+
+    def compute_s(self, samples: int, micro_batches: int = 1) -> float:
+        return micro_batches * self.overhead_s + self.seconds_per_sample * samples
+
+    def step_s(self, samples: int, micro_batches: int = 1) -> float:
+        """a_i + 3 f b_i / F_i, where a_i holds the optimizer."""
+        return self.compute_s(samples, micro_batches) + self.optimizer_s
+
+
+def layer_family(layer: LayerProfile) -> str:
+    """Which measured rate a layer runs at."""
+    kind = layer.kind.lower()
+    if "conv" in kind:
+        return "conv"
+    if any(name in kind for name in ("lstm", "gru", "rnn")):
+        return "rnn"
+    return "embedding" if "embedding" in kind else "matmul"
+
+
+def family_flops(profile: ModelProfile) -> Mapping[str, float]:
+    """Forward FLOPs of one sample per family. Without layers: two per parameter, as if each were used once."""
+    total = profile.flops_per_sample or 2.0 * profile.parameters
+    if total < TINY_FLOPS_PER_SAMPLE:
+        return {"tiny": total}
+    if not profile.flops_per_sample:
+        return {"matmul": total}
+    flops: dict[str, float] = {}
+    for layer in profile.layers:
+        family = layer_family(layer)
+        flops[family] = flops.get(family, 0.0) + layer.flops_per_sample
+    return flops
+
+
+def family_rate(capacity: Capacity, family: str) -> FamilyRate:
+    """The measured rate; else that of matrix products; else what the cores suggest."""
+    for name in (family, "matmul"):
+        if (rate := capacity.families.get(name)) is not None and rate.flops > 0:
+            return rate
+    if (measured := next(iter(capacity.flops.values()), None)) is not None and measured.p50 > 0:
+        return FamilyRate(measured.p50 / 2, _UNMEASURED_OVERHEAD_S)
+    return FamilyRate(max(capacity.cores, 0.1) * _UNMEASURED_FLOPS_PER_CORE, _UNMEASURED_OVERHEAD_S)
+
+
+def speed(profile: ModelProfile, capacity: Capacity, train: TrainSpec) -> Speed:
+    """3 f / F summed over the families; the overhead of the family that takes most of the time; Adam reads weights,
+    gradients and both moments and writes three of them: the optimizer moves its state twice less one gradient."""
+    parts = {
+        family: (TRAINING_FACTOR * flops / (rate := family_rate(capacity, family)).flops, rate.overhead_s)
+        for family, flops in family_flops(profile).items()
+    }
+    _, overhead_s = max(parts.values())
+    moved = profile.parameters * (2 * bytes_per_parameter(train.optimizer) - 4)
+    bandwidth = capacity.memory_bandwidth.p50 if capacity.memory_bandwidth else _UNMEASURED_MEMORY_BYTES_PER_S
+    total = sum(part for part, _ in parts.values())
+    return Speed(overhead_s, max(total, 1e-12), moved / max(bandwidth, 1.0))
+
+
+def mix(compute_s: float, network_s: float, overlap: float = OVERLAP) -> float:
+    """(c^g + n^g)^(1/g): g = 1 is one after the other, a large g full overlap (Pollux, OSDI'21, eq. 11)."""
+    longest = max(compute_s, network_s)
+    if longest <= 0:
+        return 0.0
+    return float(longest * ((compute_s / longest) ** overlap + (network_s / longest) ** overlap) ** (1 / overlap))
+
+
+def all_reduce_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float) -> float:
+    """Ring: AR(n, V) = 2 (n - 1) alpha + 2 (n - 1) / n * V / beta, alpha = RTT / 2 (Patarasuk and Yuan, 2009)."""
+    if ranks < 2:
+        return 0.0
+    return 2 * (ranks - 1) * rtt_s / 2 + 2 * (ranks - 1) / ranks * volume_bytes / bytes_per_s
+
+
+def all_reduce_bytes(ranks: int, volume_bytes: float) -> float:
+    """Over all links together: every rank sends 2 (n - 1) / n of the volume."""
+    return 2 * (ranks - 1) * volume_bytes
+
+
+def fp16_codec_s(volume_bytes: float) -> float:
+    """Compress and decompress a volume given in fp32 bytes."""
+    return 2 * volume_bytes / CODEC_BYTES_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Gradient exchange of one step: on the wire, in the codec, and the bytes over all links."""
+
+    compression: str
+    network_s: float
+    codec_s: float
+    bytes: float
+
+
+def synchronise(
+    ranks: int, parameters: int, compute_s: float, rtt_s: float, bytes_per_s: float, compression: str
+) -> Sync:
+    """`auto` takes fp16 only when AR(V) - AR(V/2) > codec time + statistical penalty."""
+    volume = 4.0 * parameters
+    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s)
+    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s)
+    codec_s = fp16_codec_s(volume)
+    pays = plain_s - half_s > codec_s + FP16_PENALTY * compute_s
+    if compression == "fp16" or (compression == "auto" and pays):
+        return Sync("fp16", half_s, codec_s, all_reduce_bytes(ranks, volume / 2))
+    return Sync("none", plain_s, 0.0, all_reduce_bytes(ranks, volume))
+
+
+def steps_of(train: TrainSpec, data: DataProfile) -> int | None:
+    """Committed steps of the whole job; the last batch of an epoch may be small. None while the rows are unknown."""
+    if train.steps is not None:
+        return train.steps
+    if data.rows is None:
+        return None
+    return (train.epochs or 1) * math.ceil(data.rows / train.batch_size)
+
+
+def assumed_rows(profile: ModelProfile, data: DataProfile) -> int:
+    """Rows for a prediction while nobody has counted them: as many fp32 inputs as the bytes hold."""
+    if data.rows is not None:
+        return data.rows
+    return max(1, int(data.bytes // (4 * math.prod(profile.input_shape or (256,)) or 1)))
+
+
+def assumed_steps(profile: ModelProfile, train: TrainSpec, data: DataProfile) -> int:
+    known = steps_of(train, data)
+    if known is not None:
+        return max(known, 1)
+    return (train.epochs or 1) * math.ceil(assumed_rows(profile, data) / train.batch_size)
+
+
+def evaluation_s(
+    profile: ModelProfile, train: TrainSpec, data: DataProfile, ranks: Sequence[tuple[Speed, float]]
+) -> float:
+    """All evaluations of the job, forward only; each rank with its share (0..1) of the rows of the test split."""
+    if not data.test_rows or train.evaluate_every == "never":
+        return 0.0
+    steps = assumed_steps(profile, train, data)
+    per_epoch = max(1, math.ceil(assumed_rows(profile, data) / train.batch_size))
+    if train.evaluate_every == "end":
+        times = 1
+    elif train.evaluate_every == "epoch":
+        times = math.ceil(steps / per_epoch)
+    else:
+        times = math.ceil(steps / train.evaluate_every)
+    batches = math.ceil(data.test_rows / train.batch_size)
+    slowest_s = max(
+        batches * node.overhead_s + share * data.test_rows * node.seconds_per_sample for node, share in ranks
+    )
+    return times * slowest_s * EVALUATION_FACTOR / TRAINING_FACTOR
+
+
+def startup_s(ranks: int) -> float:
+    """From the offer to the first step, data apart: worker, and the process group when there is one."""
+    return STARTUP_S + (GROUP_S + GROUP_PER_RANK_S * (ranks - 2) if ranks > 1 else 0.0)

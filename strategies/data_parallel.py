@@ -1,0 +1,196 @@
+"""The same model on several nodes, each global batch cut into slices sized by their speed, gradients averaged.
+
+Considered over the prefixes, fastest node first, of every group of nodes that share a trusted network; the prefix that
+finishes first is the plan. Invariant: every rank of a plan has at least one sample of each full batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protos.errors import NoPlacement
+from protos.jobspec import StrategyName
+from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
+from strategies import cost
+from strategies.base import Inputs, PlacedEstimate, train_subtasks
+from strategies.cost import Speed
+from strategies.links import Link, TrustedGroup, download_s, link_between, trusted_groups
+from strategies.memory import largest_micro_batch, worker_bytes
+from strategies.partition import RankSpeed, split_batch
+from strategies.single_node import memory_reason, micro_batches
+
+RANKS = 2  # of the memory formula: from two on it does not grow
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A node of a group: `largest` micro-batch that fits, `cap` samples of a global batch it may take."""
+
+    node: NodeView
+    speed: Speed
+    largest: int
+    cap: int
+
+    @property
+    def rank_speed(self) -> RankSpeed:
+        """Micro-batches spread their overhead over the samples when the slice has to be cut."""
+        cut = self.speed.overhead_s / self.largest if self.largest < self.cap else 0.0
+        fixed_s = self.speed.overhead_s + self.speed.optimizer_s
+        return RankSpeed(fixed_s, self.speed.seconds_per_sample + cut, self.cap)
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallel:
+    name: StrategyName = StrategyName.DATA_PARALLEL
+
+    def feasible(self, inputs: Inputs) -> tuple[str, ...]:
+        if reasons := _first_reasons(inputs):
+            return reasons
+        return () if _best(inputs) else _last_reasons(inputs)
+
+    def estimate(self, inputs: Inputs) -> PlacedEstimate:
+        best = None if _first_reasons(inputs) else _best(inputs)
+        if best is None:
+            reasons = "; ".join(self.feasible(inputs))
+            raise NoPlacement(f"{self.name}: {reasons}", "hive nodes shows what each node grants")
+        return best
+
+    def decompose(self, inputs: Inputs, placed: PlacedEstimate) -> tuple[PlannedSubtask, ...]:
+        return train_subtasks(inputs, placed, "all_reduce")
+
+
+def _first_reasons(inputs: Inputs) -> tuple[str, ...]:
+    """What rules it out before anything is computed."""
+    nodes, eligible = inputs.spec.nodes, inputs.eligible
+    if not inputs.profile.trainable:
+        return (inputs.profile.why_not or "the model cannot be trained",)
+    if nodes.max < 2:
+        return ("nodes.max is 1",)
+    if inputs.spec.train.batch_size < 2:
+        return ("a batch of one sample cannot be cut",)
+    if len(eligible) < max(2, nodes.min):
+        others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
+        return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
+    if not _groups(inputs):
+        wanted = "two" if nodes.min <= 2 else str(nodes.min)
+        return (
+            f"no {wanted} of the {len(eligible)} usable nodes share a trusted network: start the nodes of one LAN with "
+            "`hive-node start --trusted-lan IFACE|CIDR`",
+        )
+    return ()
+
+
+def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
+    """Why no prefix of any group works although there are groups: memory, or a node too slow for a single sample."""
+    grouped = {node.node_id: node for group in _groups(inputs) for node in group.nodes}
+    short = [node for node in grouped.values() if _member(inputs, node) is None]
+    if short:
+        return (memory_reason(inputs, short, RANKS),)
+    if inputs.spec.train.accumulate != "auto":
+        return ("the batch does not fit in memory with this train.accumulate: set it to auto",)
+    return ("one node would get every sample: the others are too slow to help with this batch size",)
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count or 'none'}"
+
+
+def _groups(inputs: Inputs) -> list[TrustedGroup]:
+    smallest = max(2, inputs.spec.nodes.min)
+    return [group for group in trusted_groups(inputs.eligible) if len(group.nodes) >= smallest]
+
+
+def _member(inputs: Inputs, node: NodeView) -> _Member | None:
+    train = inputs.spec.train
+    largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, RANKS, train.batch_size)
+    if largest == 0:
+        return None
+    cap = train.batch_size if train.accumulate == "auto" else min(train.batch_size, largest * train.accumulate)
+    return _Member(node, cost.speed(inputs.profile, node.capacity, train), largest, cap)
+
+
+def _best(inputs: Inputs) -> PlacedEstimate | None:
+    """The fastest prefix of any group; None when there is none."""
+    best: PlacedEstimate | None = None
+    members = {node.node_id: _member(inputs, node) for node in inputs.eligible}
+    for group in _groups(inputs):
+        found = [member for node in group.nodes if (member := members[node.node_id])]
+        for placed in _prefixes(inputs, group.network, _in_order(inputs, found)):
+            if best is None or placed.cost.seconds < best.cost.seconds:
+                best = placed
+    return best
+
+
+def _in_order(inputs: Inputs, members: list[_Member]) -> list[_Member]:
+    """Fastest on the whole batch first; a node that holds the newest state before all others."""
+    batch = inputs.spec.train.batch_size
+    ordered = sorted(members, key=lambda member: (member.speed.step_s(batch), member.node.name))
+    holder = next((member for member in ordered if member.node.node_id in inputs.holders), None)
+    return ordered if holder is None else [holder, *(member for member in ordered if member is not holder)]
+
+
+def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[PlacedEstimate]:
+    smallest, largest = max(2, inputs.spec.nodes.min), min(inputs.spec.nodes.max, len(ordered))
+    batch = inputs.spec.train.batch_size
+    answers = []
+    worst = Link(0.0, math.inf)
+    for count in range(2, largest + 1):
+        joined = ordered[count - 1]
+        for other in ordered[: count - 1]:
+            link = link_between(inputs.cluster, joined.node, other.node)
+            worst = Link(max(worst.rtt_s, link.rtt_s), min(worst.bytes_per_s, link.bytes_per_s))
+        prefix = ordered[:count]
+        if count < smallest or sum(member.cap for member in prefix) < batch:
+            continue
+        samples = split_batch([member.rank_speed for member in prefix], batch)
+        if min(samples) == 0:
+            continue
+        answers.append(_on(inputs, network, prefix, samples, worst))
+    return answers
+
+
+def _on(
+    inputs: Inputs, network: str, members: Sequence[_Member], samples: tuple[int, ...], link: Link
+) -> PlacedEstimate:
+    """T = mix(max_i compute_i, AR(k, 4P / c) + codec) + optimizer, for the whole job with everything around it."""
+    profile, data, train = inputs.profile, inputs.data, inputs.spec.train
+    pieces = tuple(micro_batches(inputs, count, m.largest) for m, count in zip(members, samples, strict=True))
+    shares = list(zip(members, samples, pieces, strict=True))
+    compute_s = max(member.speed.compute_s(count, micro) for member, count, micro in shares)
+    optimizer_s = max(member.speed.optimizer_s for member in members)
+    sync = cost.synchronise(
+        len(members), profile.parameters, compute_s, link.rtt_s, link.bytes_per_s, inputs.spec.sync.compression
+    )
+    overlapped_s = cost.mix(compute_s, sync.network_s + sync.codec_s)
+    exposed_s, step_s = overlapped_s - compute_s, overlapped_s + optimizer_s
+    startup_s = cost.startup_s(len(members))
+    transfer_s = max(download_s(data.bytes, member.node) for member in members)
+    evaluation_s = cost.evaluation_s(
+        profile, train, data, [(member.speed, count / train.batch_size) for member, count, _ in shares]
+    )
+    steps = cost.assumed_steps(profile, train, data)
+    memory = {
+        member.node.node_id: worker_bytes(profile, train.optimizer, math.ceil(count / micro), len(members))
+        for member, count, micro in shares
+    }
+    estimate = CostEstimate(
+        seconds=startup_s + transfer_s + steps * step_s + evaluation_s,
+        step_s=step_s,
+        bytes_per_step=sync.bytes,
+        memory_bytes=memory,
+        terms={
+            "compute": compute_s,
+            "sync": exposed_s - min(sync.codec_s, exposed_s),
+            "codec": min(sync.codec_s, exposed_s),
+            "optimizer": optimizer_s,
+            "startup": startup_s,
+            "transfer": transfer_s,
+            "evaluation": evaluation_s,
+        },
+    )
+    placements = tuple(Placement(rank, m.node.node_id, count) for rank, (m, count, _) in enumerate(shares))
+    return PlacedEstimate(
+        estimate, placements, pieces, cost.steps_of(train, data), network, sync.compression, transfer_s
+    )

@@ -1,0 +1,255 @@
+"""The process group of one attempt: gloo (or nccl when every rank has a GPU), made for one fence and thrown away after
+any failure.
+
+Owns creation, the few collectives the strategies use, the count of bytes they send, and `break_group`, which makes a
+hanging collective fail at once by shutting down the group's sockets. Refuses retries: after a failed collective the
+group is poisoned, so every failure raises PeerLost and the attempt ends. No `*_object` collective, no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from protos.errors import DeadlineExceeded
+from strategies.context import TaskContext
+from strategies.faults_torch import PeerLost
+from strategies.store_torch import ChannelStore
+
+BROADCAST_CHUNK_BYTES = 16 * 1024 * 1024
+_ABANDONED: list[object] = []  # what a broken group may still write into: must outlive the IO threads
+
+
+@dataclass(slots=True)
+class Pending:
+    """An all-reduce under way. `wait` raises PeerLost."""
+
+    group: Group
+    work: Any
+    tensor: torch.Tensor
+
+    def wait(self) -> None:
+        started = time.perf_counter()
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise self.group.lost(error, self.work, self.tensor) from error
+        finally:
+            self.group.sync_s += time.perf_counter() - started
+
+
+@dataclass(slots=True)
+class Group:
+    """`backend` None is a world of one: every collective is the identity. Tensors given to it live on `device`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: Any = None
+    bytes_sent: int = 0
+    sync_s: float = 0.0
+    broken: threading.Event = field(default_factory=threading.Event)
+    _sockets: frozenset[tuple[int, int]] | None = None
+    _before: frozenset[tuple[int, int]] = frozenset()
+
+    def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+        """In place, blocking."""
+        self.start_all_reduce(tensor, operation).wait()
+
+    def start_all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> Pending:
+        """In place; the tensor is not touched until `wait`. Every rank starts the same calls in the same order."""
+        if self.backend is None:
+            return Pending(self, _Finished(), tensor)
+        options = dist.AllreduceOptions()
+        options.reduceOp = operation
+        self._count(tensor)
+        return Pending(self, self._start(lambda: self.backend.allreduce([tensor], options), tensor), tensor)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        if self.backend is None:
+            return
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        options.rootTensor = 0
+        self._count(tensor)
+        Pending(self, self._start(lambda: self.backend.broadcast([tensor], options), tensor), tensor).wait()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """One tensor per rank, of equal shape."""
+        if self.backend is None:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        self._count(tensor)
+        Pending(self, self._start(lambda: self.backend.allgather([gathered], [tensor]), gathered), tensor).wait()
+        return gathered
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1, device=self.device))
+
+    def broadcast_bytes(self, content: bytes, source: int) -> bytes:
+        """The same bytes on every rank; what others than `source` pass is ignored."""
+        if self.backend is None:
+            return content
+        size = torch.tensor([len(content)], dtype=torch.int64, device=self.device)
+        self.broadcast(size, source)
+        if self.rank == source:
+            payload = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(self.device)
+        else:
+            payload = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
+        if payload.numel():
+            self.broadcast(payload, source)
+        return payload.cpu().numpy().tobytes()
+
+    def broadcast_tensors(self, tensors: Sequence[torch.Tensor], source: int) -> None:
+        """In place, of any dtype and device, packed into messages of about BROADCAST_CHUNK_BYTES."""
+        if self.backend is None:
+            return
+        batch: list[torch.Tensor] = []
+        waiting = 0
+        for tensor in tensors:
+            batch.append(tensor)
+            waiting += tensor.numel() * tensor.element_size()
+            if waiting >= BROADCAST_CHUNK_BYTES:
+                self._broadcast_packed(batch, source)
+                batch, waiting = [], 0
+        if batch:
+            self._broadcast_packed(batch, source)
+
+    def _broadcast_packed(self, tensors: list[torch.Tensor], source: int) -> None:
+        with torch.no_grad():
+            packed = torch.cat([_as_bytes(tensor).to(self.device) for tensor in tensors])
+            if not packed.numel():
+                return
+            self.broadcast(packed, source)
+            if self.rank == source:
+                return
+            offset = 0
+            for tensor in tensors:
+                size = tensor.numel() * tensor.element_size()
+                piece = packed[offset : offset + size].clone()  # aligned, so that it can be viewed as the dtype
+                tensor.copy_(piece.view(tensor.dtype).view(tensor.shape))
+                offset += size
+
+    def break_group(self) -> None:
+        """Makes every collective of this group fail now, from any thread, also while the group is being made."""
+        self.broken.set()
+        sockets = self._sockets if self._sockets is not None else _tcp_sockets() - self._before
+        for descriptor, inode in sockets:
+            with suppress(OSError):
+                if os.fstat(descriptor).st_ino == inode:
+                    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                        duplicate.shutdown(socket.SHUT_RDWR)
+        if self.device.type == "cuda" and self.backend is not None:
+            with suppress(RuntimeError):
+                self.backend.abort()
+
+    def close(self) -> None:
+        """After the last collective of every rank: a rank that is already gone is no failure any more."""
+        if self.backend is None:
+            return
+        with suppress(PeerLost):
+            self.barrier()
+
+    def lost(self, error: BaseException, *keep: object) -> PeerLost:
+        """The failure as PeerLost; whatever the dead group may still touch is kept alive."""
+        _ABANDONED.append((self.backend, keep))
+        self.broken.set()
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return PeerLost(f"rank {self.rank} lost a peer of the group: {first_line[:300]}")
+
+    def _start(self, call: Callable[[], Any], *keep: object) -> Any:
+        try:
+            return call()
+        except RuntimeError as error:
+            raise self.lost(error, keep) from error
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        """A ring all-reduce sends 2(n-1)/n of its bytes from each rank; broadcasts and gathers are at most that."""
+        self.bytes_sent += 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
+
+
+class _Finished:
+    def wait(self) -> None:
+        return None
+
+
+def single() -> Group:
+    """The group of a world of one."""
+    return Group(0, 1, torch.device("cpu"))
+
+
+def connect(context: TaskContext, group: Group) -> Group:
+    """Meets the other ranks and gives `group` its backend. Raises PeerLost when they do not all arrive in time.
+
+    The group is passed in so that `break_group` can be called from another thread while this blocks.
+    """
+    task = context.task
+    if task.world_size == 1:
+        return group
+    store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
+    prefixed = PrefixStore(f"fence-{task.fence}", store)
+    group._before = _tcp_sockets()
+    timeout = timedelta(seconds=task.collective_timeout_s)
+    try:
+        devices = _devices(context, prefixed)
+        if all(device.startswith("cuda") for device in devices) and dist.is_nccl_available():
+            group.device = torch.device(context.device)
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            group.backend = dist.ProcessGroupNCCL(prefixed, task.rank, task.world_size, nccl)
+        else:
+            options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._devices = [_gloo_device(context.interface)]
+            options._timeout = timeout
+            options._threads = 2
+            group.backend = dist.ProcessGroupGloo(prefixed, task.rank, task.world_size, options)
+        group.barrier()
+    except (RuntimeError, DeadlineExceeded) as error:
+        raise group.lost(error) from error
+    group._sockets = _tcp_sockets() - group._before
+    if group.broken.is_set():
+        group.break_group()
+    return group
+
+
+def _devices(context: TaskContext, store: Store) -> list[str]:
+    store.set(f"device/{context.task.rank}", context.device)
+    return [bytes(store.get(f"device/{rank}")).decode() for rank in range(context.task.world_size)]
+
+
+def _gloo_device(interface: str) -> Any:
+    if interface == "lo":  # by address: the interface of a loopback has no name gloo would resolve in every container
+        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    return dist.ProcessGroupGloo.create_device(interface=interface)
+
+
+def _tcp_sockets() -> frozenset[tuple[int, int]]:
+    """(descriptor, inode) of every TCP connection this process has open."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError, ValueError):
+            descriptor = int(entry.name)
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                inet = duplicate.family in (socket.AF_INET, socket.AF_INET6) and duplicate.type == socket.SOCK_STREAM
+                # gloo ends the process when its listener fails, so listeners are left alone
+                if inet and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    found.add((descriptor, os.fstat(descriptor).st_ino))
+    return frozenset(found)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

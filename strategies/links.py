@@ -1,0 +1,88 @@
+"""The links between nodes as far as they are known, and which nodes may talk to each other directly.
+
+Measured pairs win. Nodes of one machine talk over loopback; between machines the slower of the two links to the
+coordinator stands in until the pair is measured.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+from protos.plan import ClusterView, NodeView
+
+LOOPBACK = "loopback"
+LOOPBACK_RTT_S = 0.0001
+LOOPBACK_BYTES_PER_S = 1.5e9  # gloo all-reduce of 100 MB between two processes
+LAN_RTT_S = 0.001  # assumed until measured
+LAN_BYTES_PER_S = 117e6  # 1 Gbit/s less the TCP/IP headers, assumed until measured
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    rtt_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrustedGroup:
+    """Nodes whose owners allow direct collectives over `network`: loopback of one machine, or a CIDR both named."""
+
+    network: str
+    nodes: tuple[NodeView, ...]
+
+
+def link_between(cluster: ClusterView, a: NodeView, b: NodeView) -> Link:
+    """Capped by the upload either owner allows."""
+    caps = [cap for node in (a, b) if (cap := node.capacity.max_upload_bytes_per_s)]
+    measured = cluster.link(a.node_id, b.node_id)
+    if measured is not None:
+        return Link(measured.rtt_s, min(measured.bandwidth_bytes_per_s, *caps, float("inf")))
+    if a.capacity.machine_id == b.capacity.machine_id:
+        return Link(LOOPBACK_RTT_S, LOOPBACK_BYTES_PER_S)
+    rtts = [rtt for node in (a, b) if (rtt := node.capacity.rtt_s) is not None]
+    rates = [rate for node in (a, b) if (rate := node.capacity.bandwidth_bytes_per_s)]
+    return Link(max(rtts, default=LAN_RTT_S), min(*rates, *caps, LAN_BYTES_PER_S if not rates else float("inf")))
+
+
+def worst_link(cluster: ClusterView, nodes: Sequence[NodeView]) -> Link:
+    """Highest round trip and lowest bandwidth of all pairs: what bounds a ring."""
+    links = [link_between(cluster, a, b) for a, b in combinations(nodes, 2)]
+    return Link(max(link.rtt_s for link in links), min(link.bytes_per_s for link in links))
+
+
+def median_rtt_s(cluster: ClusterView, nodes: Sequence[NodeView]) -> float:
+    """Over all pairs; 0 when there is no pair."""
+    return median([link_between(cluster, a, b).rtt_s for a, b in combinations(nodes, 2)] or [0.0])
+
+
+def download_s(size_bytes: int, node: NodeView) -> float:
+    """From the coordinator to the node. A node without a measurement is taken to be on the LAN."""
+    if size_bytes <= 0:
+        return 0.0
+    capacity = node.capacity
+    return (capacity.rtt_s or LAN_RTT_S) + size_bytes / (capacity.bandwidth_bytes_per_s or LAN_BYTES_PER_S)
+
+
+def trusted_groups(nodes: Iterable[NodeView]) -> tuple[TrustedGroup, ...]:
+    """Groups of two or more; a node may be in several."""
+    groups: dict[tuple[str, str], list[NodeView]] = {}
+    for node in nodes:
+        if node.capacity.machine_id:
+            groups.setdefault((LOOPBACK, node.capacity.machine_id), []).append(node)
+        for cidr in sorted({network.cidr for network in node.capacity.networks}):
+            if not _is_loopback(cidr):
+                groups.setdefault((cidr, ""), []).append(node)
+    return tuple(TrustedGroup(network, tuple(members)) for (network, _), members in groups.items() if len(members) > 1)
+
+
+def _is_loopback(cidr: str) -> bool:
+    if cidr == LOOPBACK:
+        return True
+    try:
+        return ipaddress.ip_network(cidr, strict=False).is_loopback
+    except ValueError:
+        return True  # not a network: nothing that two machines could have in common

@@ -1,0 +1,60 @@
+"""What a worker needs of a node's memory, and the largest micro-batch that fits. Sizes bytes.
+
+A plan may use at most SHARE of what a node grants: the rest is fragmentation, the loader and what was not foreseen.
+"""
+
+from __future__ import annotations
+
+from protos.capacity import Capacity
+from protos.jobspec import OptimizerSpec
+from protos.model import ModelProfile
+
+SHARE = 0.85
+RESERVE_BYTES = 250 * 1024**2  # torch itself, its threads and its libraries, in a worker that has done nothing yet
+GRADIENT_BUCKET_BYTES = 4  # per parameter: DistributedDataParallel keeps a second copy of the gradients in buckets
+
+_STATE_BYTES = {"adam": 8, "adamw": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0}
+
+
+def bytes_per_parameter(optimizer: OptimizerSpec) -> int:
+    """fp32 weights and gradients are 8 B; Adam adds 8 (16 in all), SGD with momentum 4 (12), plain SGD nothing (8)."""
+    extra = optimizer.model_extra or {}
+    momentum = 4 if optimizer.name in ("sgd", "rmsprop") and extra.get("momentum") else 0
+    amsgrad = 4 if optimizer.name in ("adam", "adamw") and extra.get("amsgrad") else 0
+    return 8 + _STATE_BYTES.get(optimizer.name, 8) + momentum + amsgrad
+
+
+def budget_bytes(capacity: Capacity) -> float:
+    """What a plan may use: of the first granted GPU when there is one, else of the granted main memory."""
+    granted = capacity.gpus[0].memory_bytes if capacity.gpus else capacity.memory_bytes
+    return SHARE * granted
+
+
+def fixed_bytes(profile: ModelProfile, optimizer: OptimizerSpec, ranks: int) -> int:
+    """Everything that does not grow with the batch. Unknown layers: at least the table's need (MISSION.md K4)."""
+    per_parameter = bytes_per_parameter(optimizer) + (GRADIENT_BUCKET_BYTES if ranks > 1 else 0)
+    need = profile.parameters * per_parameter + RESERVE_BYTES
+    if not profile.layers and profile.requirements.source == "table":
+        return max(need, profile.requirements.memory_bytes)
+    return need
+
+
+def sample_bytes(profile: ModelProfile) -> float:
+    """Saved activations of one sample, and the largest output with its gradient while it is passed back."""
+    saved = max(profile.activation_bytes_per_sample, profile.peak_activation_bytes_per_sample)
+    return saved + 2 * max((layer.output_bytes_per_sample for layer in profile.layers), default=0.0)
+
+
+def worker_bytes(profile: ModelProfile, optimizer: OptimizerSpec, micro_batch: int, ranks: int) -> int:
+    return fixed_bytes(profile, optimizer, ranks) + int(sample_bytes(profile) * micro_batch)
+
+
+def largest_micro_batch(
+    profile: ModelProfile, optimizer: OptimizerSpec, capacity: Capacity, ranks: int, wanted: int
+) -> int:
+    """At most `wanted`; 0 when not even one sample fits."""
+    left = budget_bytes(capacity) - fixed_bytes(profile, optimizer, ranks)
+    if left < 0:
+        return 0
+    per_sample = sample_bytes(profile)
+    return wanted if per_sample * wanted <= left else int(left // per_sample)

@@ -1,0 +1,34 @@
+"""The entry point of a worker: a TaskContext in, an Outcome out, whatever happens.
+
+Dispatches on the kind of task and turns every exception into a Fault; nothing escapes but the end of the process.
+"""
+
+from __future__ import annotations
+
+from protos.states import AttemptState
+from protos.work import Outcome, TaskKind
+from strategies.context import TaskContext
+from strategies.faults_torch import fault_of
+
+
+def run(context: TaskContext) -> Outcome:
+    try:
+        return _dispatch(context)
+    except (Exception, SystemExit) as error:  # SystemExit: the user's code called sys.exit()
+        return Outcome(AttemptState.FAILED, fault=fault_of(error, context.workspace.code_dir))
+
+
+def _dispatch(context: TaskContext) -> Outcome:
+    match context.task.kind:
+        case TaskKind.TRAIN:
+            from strategies.train_loop_torch import train
+
+            return train(context)
+        case TaskKind.IDENTIFY:
+            from strategies.profile_torch import identify
+
+            return identify(context)
+        case TaskKind.CALIBRATE:
+            from strategies.calibrate_torch import calibrate
+
+            return calibrate(context)

@@ -1,0 +1,99 @@
+"""The whole job on the one node that finishes it first. Often the right answer, never just a fallback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protos.errors import NoPlacement
+from protos.jobspec import StrategyName
+from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
+from strategies import cost
+from strategies.base import Inputs, PlacedEstimate, gib, train_subtasks
+from strategies.links import download_s
+from strategies.memory import budget_bytes, largest_micro_batch, worker_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SingleNode:
+    name: StrategyName = StrategyName.SINGLE_NODE
+
+    def feasible(self, inputs: Inputs) -> tuple[str, ...]:
+        if not inputs.profile.trainable:
+            return (inputs.profile.why_not or "the model cannot be trained",)
+        if inputs.spec.nodes.min > 1:
+            return (f"nodes.min asks for {inputs.spec.nodes.min} nodes",)
+        if not inputs.eligible:
+            return ("no usable node" + (f": {', '.join(inputs.excluded)}" if inputs.excluded else " has joined"),)
+        if not _fitting(inputs):
+            return (memory_reason(inputs, inputs.eligible, 1),)
+        return ()
+
+    def estimate(self, inputs: Inputs) -> PlacedEstimate:
+        if reasons := self.feasible(inputs):
+            raise NoPlacement(f"{self.name}: {'; '.join(reasons)}", "hive nodes shows what each node grants")
+        fitting = _fitting(inputs)
+        holding = [(node, micro) for node, micro in fitting if node.node_id in inputs.holders]
+        return min((_on(inputs, node, micro) for node, micro in holding or fitting), key=lambda best: best.cost.seconds)
+
+    def decompose(self, inputs: Inputs, placed: PlacedEstimate) -> tuple[PlannedSubtask, ...]:
+        return train_subtasks(inputs, placed, "none")
+
+
+def memory_reason(inputs: Inputs, nodes: Sequence[NodeView], ranks: int) -> str:
+    """Why the model does not even fit the roomiest of the nodes, in numbers."""
+    train = inputs.spec.train
+    node = max(nodes, key=lambda node: budget_bytes(node.capacity))
+    micro = 1 if train.accumulate == "auto" else math.ceil(train.batch_size / train.accumulate)
+    need = worker_bytes(inputs.profile, train.optimizer, micro if ranks == 1 else 1, ranks)
+    what = f"{micro} samples at a time" if micro > 1 and ranks == 1 else "one sample at a time"
+    return f"needs {gib(need)} for {what}, 85 % of what {node.name} grants is {gib(budget_bytes(node.capacity))}"
+
+
+def micro_batches(inputs: Inputs, samples: int, largest: int) -> int:
+    """Into how many pieces a rank cuts its samples: as the job file says, else the fewest that fit."""
+    accumulate = inputs.spec.train.accumulate
+    return math.ceil(samples / largest) if accumulate == "auto" else min(accumulate, samples)
+
+
+def _fitting(inputs: Inputs) -> list[tuple[NodeView, int]]:
+    """Eligible nodes and the largest micro-batch of each."""
+    train = inputs.spec.train
+    wanted = train.batch_size if train.accumulate == "auto" else math.ceil(train.batch_size / train.accumulate)
+    fitting = []
+    for node in inputs.eligible:
+        largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, 1, wanted)
+        if largest == wanted or (largest > 0 and train.accumulate == "auto"):
+            fitting.append((node, largest))
+    return fitting
+
+
+def _on(inputs: Inputs, node: NodeView, largest: int) -> PlacedEstimate:
+    profile, data, train = inputs.profile, inputs.data, inputs.spec.train
+    speed = cost.speed(profile, node.capacity, train)
+    pieces = micro_batches(inputs, train.batch_size, largest)
+    compute_s, step_s = speed.compute_s(train.batch_size, pieces), speed.step_s(train.batch_size, pieces)
+    startup_s, transfer_s = cost.startup_s(1), download_s(data.bytes, node)
+    evaluation_s = cost.evaluation_s(profile, train, data, [(speed, 1.0)])
+    steps = cost.assumed_steps(profile, train, data)
+    memory = worker_bytes(profile, train.optimizer, math.ceil(train.batch_size / pieces), 1)
+    return PlacedEstimate(
+        CostEstimate(
+            seconds=startup_s + transfer_s + steps * step_s + evaluation_s,
+            step_s=step_s,
+            bytes_per_step=0.0,
+            memory_bytes={node.node_id: memory},
+            terms={
+                "compute": compute_s,
+                "optimizer": speed.optimizer_s,
+                "startup": startup_s,
+                "transfer": transfer_s,
+                "evaluation": evaluation_s,
+            },
+        ),
+        (Placement(0, node.node_id, train.batch_size),),
+        (pieces,),
+        cost.steps_of(train, data),
+        transfer_s=transfer_s,
+    )

@@ -1,0 +1,344 @@
+"""The training loop: one rank's whole attempt at a job, the same code for one rank and for many.
+
+A step is committed when the optimizer has applied it; nothing that can fail for lack of a peer happens after that, so
+the last committed step is always a consistent state to hold. Counts are of committed steps only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protos.artifact import Artifact, digest_file
+from protos.errors import SpecError
+from protos.jobspec import JobSpec
+from protos.states import AttemptState, StopMode
+from protos.work import Metrics, Outcome, Usage
+from strategies import checkpoint_torch, memory_use_torch, sampling_torch
+from strategies.batches_torch import BatchSource, MicroBatch, Slicing, StepBatch
+from strategies.checkpoint_writer_torch import CheckpointWriter
+from strategies.codecs_torch import codec
+from strategies.context import TaskContext
+from strategies.data.dataset import Dataset
+from strategies.data.opening import open_splits
+from strategies.data_parallel_torch import GradientSync
+from strategies.evaluate_torch import Score, evaluate
+from strategies.faults_torch import DataUnusable, NotANumber, PeerLost, Stopped, UserCodeError, fault_of, is_memory
+from strategies.group_torch import Group, connect
+from strategies.loss_torch import Loss
+from strategies.model_torch import build
+from strategies.optimizer_torch import build_optimizer, learning_rate, named_trainable, set_learning_rate
+from strategies.reporter_torch import Reporter, Totals
+from strategies.sample_order import steps as steps_per
+from strategies.single_node_torch import LocalSync, Sync
+from strategies.state_sync_torch import agree_on_data, synchronise
+
+STOP_GRACE_S = 0.3  # a broken collective may be the first sign of a stop request that is still on its way
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything of one attempt. `step` and `samples` are committed, of the job; `own_*` are of this attempt."""
+
+    context: TaskContext
+    spec: JobSpec
+    group: Group
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    train_data: Dataset
+    test_data: Dataset | None
+    sync: Sync
+    reporter: Reporter
+    writer: CheckpointWriter
+    steps_per_epoch: int
+    steps_total: int
+    step: int
+    samples: int
+    first_step: int
+    own_samples: int = 0
+    evaluated_at: int = -1
+    score: Score | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last committed step, counted from 0."""
+        return max(self.step - 1, 0) // self.steps_per_epoch
+
+
+def train(context: TaskContext) -> Outcome:
+    """DONE with the model, or FAILED with a held checkpoint; every other end is an exception (see faults_torch)."""
+    began = time.perf_counter()
+    group = Group(context.task.rank, context.task.world_size, torch.device("cpu"))
+    stopping = threading.Event()
+
+    def stop(_: StopMode) -> None:
+        stopping.set()
+        group.break_group()
+
+    context.channel.on_stop(stop)
+    try:
+        run = prepare(context, group)
+    except PeerLost as error:
+        raise _really(error, context, stopping) from error
+    started = time.perf_counter()
+    try:
+        loop(run)
+        run.group.close()
+        return finish(run, usage(run, started, started - began))
+    except (PeerLost, Stopped) as error:
+        return hold(run, _really(error, context, stopping), usage(run, started, started - began))
+    finally:
+        run.writer.close()
+
+
+def prepare(context: TaskContext, group: Group) -> Run:
+    """From the spec to a group of ranks with one state, ready for the next step."""
+    task, workspace, spec = context.task, context.workspace, context.task.spec
+    torch.set_num_threads(max(context.threads, 1))
+    device = torch.device(context.device)
+    train_data, test_data = open_data(context)
+    loss = Loss(spec.train.loss, workspace.code_dir)
+    model = build(spec.model, workspace.code_dir, workspace.weights_path, spec.train.seed).to(device)
+    optimizer = build_optimizer(spec.train.optimizer, model)
+    check_stop(context)
+    connect(context, group)
+    agree_on_data(group, train_data.digest, train_data.rows)
+    digest = checkpoint_torch.spec_digest(spec)
+    start = synchronise(group, model, optimizer, workspace.checkpoint_dir, digest)
+    per_epoch = steps_per(train_data.rows, spec.train.batch_size)
+    total = spec.train.steps or (spec.train.epochs or 1) * per_epoch
+    sync: Sync = LocalSync(optimizer)
+    if task.world_size > 1:
+        sync = GradientSync(model, group, codec(task.compression))
+    channel, kept = context.channel, spec.checkpoint
+    reporter = Reporter(channel.progress, Totals(total, spec.train.epochs), task.rank, context.node_name, start.samples)
+    writer = CheckpointWriter(workspace.checkpoint_dir, digest, kept.keep, kept.every_s, channel.checkpoint)
+    model.train()
+    channel.ready()
+    return Run(
+        context=context,
+        spec=spec,
+        group=group,
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        loss=loss,
+        train_data=train_data,
+        test_data=test_data,
+        sync=sync,
+        reporter=reporter,
+        writer=writer,
+        steps_per_epoch=per_epoch,
+        steps_total=total,
+        step=start.step,
+        samples=start.samples,
+        first_step=start.step,
+    )
+
+
+def loop(run: Run) -> None:
+    """From the first step that is not committed to the last, with evaluations and checkpoints between."""
+    train, task = run.spec.train, run.context.task
+    slicing = Slicing(train.batch_size, task.samples, task.rank, task.accumulate, train.seed, train.shuffle)
+    batches = BatchSource(run.train_data, slicing, run.loss, run.device, run.steps_total)
+    parameters = list(named_trainable(run.model).values())
+    try:
+        while run.step < run.steps_total:
+            check_stop(run.context)
+            batch = batches.next(run.step)
+            rate = learning_rate(train.schedule, train.optimizer.lr, run.step, run.steps_total)
+            loss = gradients(run, batch)
+            if run.group.world_size > 1 and not torch.isfinite(loss):
+                run.reporter.flush()
+                raise NotANumber(run.step + 1, rate, float(loss))
+            if train.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+            set_learning_rate(run.optimizer, rate)
+            run.optimizer.step()
+
+            run.step += 1
+            run.samples += batch.global_rows
+            run.own_samples += batch.rows
+            run.reporter.step(run.step, batch.epoch, loss, rate, run.samples, run.group.bytes_sent)
+            if evaluation_due(run):
+                evaluate_now(run)
+            checkpoint_if_due(run)
+        run.reporter.flush()
+        if run.evaluated_at != run.step and train.evaluate_every != "never":
+            evaluate_now(run)
+    finally:
+        batches.close()
+
+
+def gradients(run: Run, batch: StepBatch) -> Tensor:
+    """Leaves the mean gradient of the global batch in every parameter; returns the mean loss."""
+    seed_step(run)
+    run.sync.begin(batch.share)
+    last = len(batch.micro_batches) - 1
+    for number, piece in enumerate(batch.micro_batches):
+        output = forward(run, piece)
+        loss = run.loss(output, piece.target) / batch.nominal_items
+        try:
+            run.sync.backward(loss, last=number == last)
+        except RuntimeError as error:
+            if is_memory(error):
+                raise
+            raise UserCodeError("in the backward pass") from error
+    return run.sync.finish()
+
+
+def forward(run: Run, piece: MicroBatch) -> Any:
+    half = run.spec.train.precision == "bf16"
+    with torch.autocast(run.device.type, dtype=torch.bfloat16) if half else nullcontext():
+        try:
+            if isinstance(piece.features, dict):
+                return run.model(**piece.features)
+            return run.model(piece.features)
+        except Exception as error:
+            raise UserCodeError("in the model's forward pass") from error
+
+
+def seed_step(run: Run) -> None:
+    """Dropout of a step depends on (seed, step, rank) only, so a resumed run draws what an uninterrupted one would."""
+    seed = ((run.spec.train.seed * 1_000_003 + run.step) * 65_537 + run.group.rank) % (1 << 63)
+    torch.default_generator.manual_seed(seed)
+    if run.device.type == "cuda":
+        torch.cuda.default_generators[run.device.index or 0].manual_seed(seed)
+
+
+def evaluation_due(run: Run) -> bool:
+    match run.spec.train.evaluate_every:
+        case "epoch":
+            return run.step % run.steps_per_epoch == 0
+        case int(steps):
+            return run.step % steps == 0
+    return False
+
+
+def evaluate_now(run: Run) -> None:
+    run.evaluated_at = run.step
+    if run.test_data is None or not run.test_data.rows:
+        return
+    started = time.perf_counter()
+    task = run.context.task
+    rows = max(task.samples[task.rank] // max(task.accumulate, 1), 1)
+    run.score = evaluate(
+        run.model, lambda piece: forward(run, piece), run.test_data, run.loss, run.group, task.samples, rows, run.device
+    )
+    metrics = Metrics(
+        time.time(),
+        run.step,
+        run.epoch,
+        "evaluate",
+        run.score.loss,
+        run.samples,
+        accuracy=run.score.accuracy,
+        bytes_sent=run.group.bytes_sent,
+        node=run.context.node_name,
+        rank=task.rank,
+    )
+    run.reporter.evaluated(metrics, started)
+
+
+def checkpoint_if_due(run: Run) -> None:
+    """Rank 0 only: the node uploads what it announces."""
+    if run.group.rank != 0:
+        return
+    run.writer.poll()
+    if run.writer.due():
+        run.reporter.flush()  # never checkpoint a state whose loss is not a number
+        run.writer.start(capture(run, copy=True))
+
+
+def hold(run: Run, error: PeerLost | Stopped, used: Usage) -> Outcome:
+    """The last committed step on this node's disk, for the next generation of the group. A cancelled job needs none."""
+    run.sync.undo()
+    held: int | None = None
+    if not (isinstance(error, Stopped) and error.mode is StopMode.CANCEL):
+        run.reporter.flush()
+        if run.step > 0:
+            run.writer.write_now(capture(run, copy=False))
+            held = run.step
+    fault = fault_of(error, run.context.workspace.code_dir)
+    return Outcome(AttemptState.FAILED, run.step, run.samples, metrics_of(run), usage=used, fault=fault, held_step=held)
+
+
+def finish(run: Run, used: Usage) -> Outcome:
+    """Rank 0 hands over the model; every rank says what it did."""
+    run.reporter.flush()
+    run.writer.finish()
+    artifacts: tuple[Artifact, ...] = ()
+    if run.group.rank == 0:
+        path = run.context.workspace.output_dir / checkpoint_torch.MODEL_FILE
+        checkpoint_torch.write_model(path, run.model)
+        run.context.channel.artifact(path.name, path)
+        artifacts = (Artifact(path.name, digest_file(path), path.stat().st_size),)
+        sampling_torch.show_sample(run.spec.model, run.model, run.context.workspace.code_dir)
+    used = replace(used, peak_memory_bytes=memory_use_torch.peak_bytes(run.device))
+    return Outcome(AttemptState.DONE, run.step, run.samples, metrics_of(run), artifacts, used)
+
+
+def capture(run: Run, copy: bool) -> checkpoint_torch.TrainingState:
+    return checkpoint_torch.capture(run.model, run.optimizer, run.step, run.samples, run.epoch, copy)
+
+
+def usage(run: Run, started: float, startup_s: float) -> Usage:
+    seconds = time.perf_counter() - started
+    return Usage(
+        samples=run.own_samples,
+        steps=run.step - run.first_step,
+        seconds=seconds,
+        compute_s=max(seconds - run.group.sync_s, 0.0),
+        sync_s=run.group.sync_s,
+        bytes_sent=run.group.bytes_sent,
+        peak_memory_bytes=memory_use_torch.peak_bytes(run.device),
+        startup_s=startup_s,
+    )
+
+
+def metrics_of(run: Run) -> dict[str, float]:
+    """`loss` is that of the last step; `test_loss` and `accuracy` of the last evaluation, when there was one."""
+    values = {"loss": run.reporter.last_loss, "samples_per_s": run.reporter.last_rate}
+    if run.score is not None:
+        values |= {"test_loss": run.score.loss, "accuracy": run.score.accuracy}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def open_data(context: TaskContext) -> tuple[Dataset, Dataset | None]:
+    workspace, spec, data = context.workspace, context.task.spec, context.task.data
+    try:
+        splits = open_splits(
+            spec.data,
+            workspace.data_path,
+            workspace.code_dir,
+            test_path=workspace.test_path,
+            digest=str(data.digest) if data is not None else None,
+            loss=spec.train.loss,
+        )
+    except SpecError as error:
+        raise DataUnusable("opening the data") from error
+    return splits.train, splits.test
+
+
+def check_stop(context: TaskContext) -> None:
+    mode = context.channel.stop_requested()
+    if mode is not None:
+        raise Stopped(mode)
+
+
+def _really(error: PeerLost | Stopped, context: TaskContext, stopping: threading.Event) -> PeerLost | Stopped:
+    """A group broken by our own stop request is no lost peer."""
+    if isinstance(error, PeerLost):
+        stopping.wait(STOP_GRACE_S)
+        mode = context.channel.stop_requested()
+        if mode is not None:
+            return Stopped(mode)
+    return error

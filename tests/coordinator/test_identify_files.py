@@ -1,0 +1,227 @@
+"""Model files of every kind through the confined child: what they are is said, nothing in them runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from coordinator.identify.confine import identify_file, needs_node, usable_as_weights
+from protos.errors import ErrorCode, NotFound, SpecError
+from protos.model import Complexity, Family, ModelProfile
+
+
+def identify(path: Path, deadline_s: float = 30.0) -> ModelProfile:
+    return asyncio.run(identify_file(path, deadline_s=deadline_s))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10))
+
+
+CNN_PARAMETERS = 80 + 16 + 2890
+
+
+def check_cnn(profile: ModelProfile) -> None:
+    assert profile.parameters == CNN_PARAMETERS
+    assert profile.family is Family.CNN
+    assert profile.complexity is Complexity.SMALL
+    assert {layer.name: (layer.kind, layer.parameters) for layer in profile.layers} == {
+        "0": ("Conv2d", 80),
+        "1": ("BatchNorm", 16),
+        "3": ("Linear", 2890),
+    }
+    assert profile.dtypes == ("F32", "I64")
+    assert not profile.trainable
+    assert "model.weights" in profile.why_not
+    assert usable_as_weights(profile)
+    assert profile.requirements.source == "table"
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "misnamed.pdf"
+    save_file(cnn().state_dict(), path)
+    profile = identify(path)
+    check_cnn(profile)
+    assert (profile.framework, profile.format, profile.bytes) == ("safetensors", "safetensors", path.stat().st_size)
+
+
+@pytest.mark.parametrize(("zipped", "file_format"), [(True, "pytorch_state_dict"), (False, "pytorch_legacy")])
+def test_state_dicts_of_both_generations(tmp_path: Path, zipped: bool, file_format: str) -> None:
+    path = tmp_path / "weights"
+    torch.save(cnn().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    profile = identify(path)
+    check_cnn(profile)
+    assert (profile.framework, profile.format) == ("pytorch", file_format)
+
+
+@pytest.mark.parametrize("key", ["model", "model_state_dict", "state_dict", "my_network"])
+def test_the_model_is_found_in_a_full_checkpoint(tmp_path: Path, key: str) -> None:
+    model = cnn()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"epoch": 3, key: model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    profile = identify(path)
+    check_cnn(profile)
+    assert profile.format == "pytorch_checkpoint"
+
+
+def test_tied_and_half_precision_weights_are_counted_once(tmp_path: Path) -> None:
+    weight = torch.zeros(100, 16, dtype=torch.bfloat16)
+    torch.save({"emb.weight": weight, "head.weight": weight, "norm.weight": torch.zeros(16)}, tmp_path / "tied.pt")
+    profile = identify(tmp_path / "tied.pt")
+    assert profile.parameters == 1616
+    assert profile.dtypes == ("BF16", "F32")
+    assert profile.family is Family.TRANSFORMER
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (nn.LSTM(8, 16), "LSTM"),
+        (nn.GRU(8, 16), "GRU"),
+        (nn.RNN(8, 16), "RNN"),
+        (nn.Linear(8, 4), "Linear"),
+        (nn.Conv1d(2, 3, 3), "Conv1d"),
+    ],
+)
+def test_layers_are_recognised_by_names_and_shapes(tmp_path: Path, model: nn.Module, kind: str) -> None:
+    torch.save(nn.ModuleDict({"body": model}).state_dict(), tmp_path / "w")
+    profile = identify(tmp_path / "w")
+    assert [layer.kind for layer in profile.layers] == [kind]
+    assert profile.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_module_is_named_and_refused(tmp_path: Path, zipped: bool) -> None:
+    torch.save(cnn(), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)
+    profile = identify(tmp_path / "module.pt")
+    assert (profile.framework, profile.format, profile.trainable) == ("pytorch", "pickled_module", False)
+    assert profile.layers[0].kind == "torch.nn.modules.container.Sequential"
+    assert "never unpickles" in profile.why_not
+    assert not usable_as_weights(profile)
+
+
+class _Payload:
+    def __init__(self, canary: Path, protocol: int) -> None:
+        self.canary = canary
+        self.protocol = protocol
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_hostile_pickles_are_not_executed(tmp_path: Path, protocol: int) -> None:
+    canary = tmp_path / "executed"
+    payload = {"weight": _Payload(canary, protocol), "x": 1}
+    plain, zipped, legacy = tmp_path / "plain.pt", tmp_path / "zipped.pt", tmp_path / "legacy.pt"
+    plain.write_bytes(pickle.dumps(payload, protocol=protocol))
+    torch.save(payload, zipped, pickle_protocol=max(protocol, 2))
+    torch.save(payload, legacy, pickle_protocol=2, _use_new_zipfile_serialization=False)
+    for path in (plain, zipped, legacy):
+        try:
+            profile = identify(path)
+            assert not profile.trainable
+            assert "system" in profile.why_not
+        except SpecError as error:  # protocol 0 is text without a magic number
+            assert error.code is ErrorCode.MODEL_UNUSABLE
+        assert not canary.exists()
+    pickle.loads(plain.read_bytes())  # noqa: S301 - proves that the payload would have fired
+    assert canary.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_formats_are_named_with_a_way_out(tmp_path: Path) -> None:
+    np.savez(tmp_path / "arrays.npz", x=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        for name in ("config.json", "metadata.json", "model.weights.h5"):
+            archive.writestr(name, "{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
+    (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch:" + bytes(32))
+    (tmp_path / "model.skops").write_bytes(b"\x1f\x8b\x08" + bytes(20))
+    expected = {
+        "arrays.npz": "npz",
+        "array.npy": "npy",
+        "script.pt": "torchscript",
+        "model.keras": "keras",
+        "model.gguf": "gguf",
+        "model.h5": "hdf5",
+        "model.onnx": "onnx",
+        "model.skops": "gzip",
+    }
+    for name, file_format in expected.items():
+        profile = identify(tmp_path / name)
+        assert (profile.format, profile.trainable) == (file_format, False)
+        assert "hive trains a Python entry point" in profile.why_not
+
+
+def test_scikit_learn_pickles_are_named(tmp_path: Path) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(linear_model.LogisticRegression()))
+    profile = identify(tmp_path / "model.pkl")
+    assert (profile.framework, profile.trainable) == ("scikit-learn", False)
+    assert "LogisticRegression" in profile.layers[0].kind
+
+
+def test_python_source_is_left_to_a_node(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+    (tmp_path / "model.py").write_text(f"open({str(canary)!r}, 'w')\ndef build():\n    return None\n")
+    profile = identify(tmp_path / "model.py")
+    assert (profile.format, profile.trainable) == ("python_source", True)
+    assert "FILE.py:build" in profile.why_not
+    assert not canary.exists()
+    assert needs_node("model.py:build")
+    assert not needs_node("model.safetensors")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    assert not identify(tmp_path / "empty.py").trainable
+
+
+def test_what_is_not_a_regular_file_is_refused_without_blocking(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(SpecError, match="not a model file") as caught:
+            identify(path)
+        assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+        assert caught.value.hint
+    with pytest.raises(NotFound):
+        identify(tmp_path / "missing.pt")
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(SpecError, match="is empty"):
+        identify(tmp_path / "empty.pt")
+
+
+def test_a_huggingface_folder_gets_its_own_advice(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SpecError) as caught:
+        identify(tmp_path)
+    assert "Hugging Face" in caught.value.hint
+
+
+def test_a_file_that_wants_too_much_memory_kills_only_the_child(tmp_path: Path) -> None:
+    # a few kilobytes of opcodes that build a value of a gigabyte when they are followed: text doubled by references
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * (15 * 1024 * 1024) + b".")
+    with pytest.raises(SpecError) as caught:
+        identify(path)
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+
+
+def test_a_deadline_ends_the_child(tmp_path: Path) -> None:
+    torch.save(cnn().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(SpecError, match="could not be read within 0 s"):
+        identify(tmp_path / "w.pt", deadline_s=0.0)

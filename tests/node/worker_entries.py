@@ -1,0 +1,164 @@
+"""Entry functions that tests run in real worker processes: no torch, each does one thing a task may do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from protos.errors import DeadlineExceeded
+from protos.states import AttemptState
+from protos.work import Outcome, Progress
+from strategies.context import TaskContext
+
+_FOREVER = threading.Event()
+
+
+def run(context: TaskContext) -> Outcome:
+    """Does what the task's model source names."""
+    return globals()[context.task.spec.model.source.removesuffix(".py:build")](context)
+
+
+def _done(document: str = "") -> Outcome:
+    return Outcome(AttemptState.DONE, document=document)
+
+
+def returns(context: TaskContext) -> Outcome:
+    return _done()
+
+
+def looks_around(context: TaskContext) -> Outcome:
+    names = ["HIVE_TOKEN", "AWS_SECRET_ACCESS_KEY", "CUDA_VISIBLE_DEVICES"]
+    around = [os.environ.get(name, "-") for name in names]
+    around += [
+        context.device,
+        str(Path.cwd() == context.workspace.output_dir.resolve()),
+        str(os.getsid(0) == os.getpid()),
+    ]
+    around += [context.node_name, str(context.threads), str(len(list(Path("/proc/self/fd").iterdir())))]
+    return _done(" ".join(around))
+
+
+def says_everything(context: TaskContext) -> Outcome:
+    channel = context.channel
+    channel.ready()
+    channel.progress(Progress((), 3, 10, 0, 1, "train", 96))
+    folder = context.workspace.checkpoint_dir / "step-3"
+    folder.mkdir(parents=True)
+    channel.checkpoint(folder, 3, 96)
+    path = context.workspace.output_dir / "model.safetensors"
+    path.write_bytes(b"weights")
+    channel.artifact("model.safetensors", path)
+    sys.stdout.write("a line on stdout\n")
+    sys.stderr.write("a line on stderr\n")
+    return _done()
+
+
+def uses_the_store(context: TaskContext) -> Outcome:
+    store = context.channel.store
+    store.set("a", b"\x00\xff")
+    seen = [store.get("a", 5.0), store.add("n", 2), store.add("n", 3), store.check(["a"]), store.check(["b"])]
+    seen += [store.compare_set("a", b"\x00\xff", b"new"), store.delete_key("a"), store.num_keys()]
+    store.wait(["n"], 5.0)
+    try:
+        store.get("never", 0.05)
+    except DeadlineExceeded:
+        seen.append("late")
+    return _done(repr(seen))
+
+
+def waits_for_stop(context: TaskContext) -> Outcome:
+    stopped = threading.Event()
+    modes: list[str] = []
+
+    def on_stop(mode: object) -> None:
+        modes.append(str(mode))
+        stopped.set()
+
+    context.channel.on_stop(on_stop)
+    context.channel.ready()
+    stopped.wait()
+    return _done(f"{modes} {context.channel.stop_requested()}")
+
+
+def ignores_stop(context: TaskContext) -> Outcome:
+    context.channel.ready()
+    _FOREVER.wait()
+    return _done()
+
+
+def starts_processes(context: TaskContext) -> Outcome:
+    """A child, and a grandchild in a session of its own whose parent is gone: neither may outlive the worker."""
+    child = subprocess.Popen(["sleep", "300"])
+    escaped = subprocess.run(
+        ["sh", "-c", "setsid sleep 300 >/dev/null 2>&1 & echo $!"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    sys.stdout.write(f"pids {os.getpid()} {child.pid} {escaped.stdout.strip()}\n")
+    context.channel.ready()
+    _FOREVER.wait()
+    return _done()
+
+
+def raises(context: TaskContext) -> Outcome:
+    raise RuntimeError("the entry is broken")
+
+
+def exits(context: TaskContext) -> Outcome:
+    sys.stdout.write("about to leave\n")
+    os._exit(3)
+
+
+def is_killed(context: TaskContext) -> Outcome:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return _done()
+
+
+def grows(context: TaskContext) -> Outcome:
+    context.channel.ready()
+    kept = []
+    while True:
+        kept.append(b"x" * (8 * 2**20))
+        time.sleep(0.01)
+
+
+def freezes(context: TaskContext) -> Outcome:
+    context.channel.ready()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return _done()
+
+
+def spins(context: TaskContext) -> Outcome:
+    context.channel.ready()
+    while True:
+        pass
+
+
+def names_a_file_of_the_owner(context: TaskContext) -> Outcome:
+    context.channel.artifact("passwd", Path("/etc/passwd"))
+    _FOREVER.wait()
+    return _done()
+
+
+def sends_garbage(context: TaskContext) -> Outcome:
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        try:
+            connection = socket.socket(fileno=os.dup(int(descriptor.name)))
+            connection.sendall(b"\xff" * 64)
+        except OSError:
+            continue
+    _FOREVER.wait()
+    return _done()
+
+
+def prints_much(context: TaskContext) -> Outcome:
+    sys.stdout.write("x" * 100_000 + "\n")
+    for percent in range(100):
+        sys.stdout.write(f"\r{percent} %")
+    sys.stdout.write("\n")
+    sys.stdout.write("no newline at the end")
+    return _done()
