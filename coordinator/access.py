@@ -24,6 +24,7 @@ FRONT_DOOR = frozenset({"/hive.v1.Enrolment/Enrol"})  # the only methods without
 ALLOWED: Mapping[str, frozenset[Role]] = {
     "/hive.v1.Enrolment/Enrol": frozenset(),  # never on the session port
     "/hive.v1.Membership/Attach": _NODE,  # an administrator is a person, not a machine
+    "/hive.v1.Membership/Probe": _NODE,
     "/hive.v1.Membership/Renew": _ALL,
     "/hive.v1.Jobs/Nodes": _READ,
     "/hive.v1.Jobs/Plan": _WRITE,  # identification builds the submitter's code on a node

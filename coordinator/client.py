@@ -117,7 +117,15 @@ class Client:
         return await self._ask(self._jobs.Explain, jobs_pb2.JobRequest(job_id=job_id))
 
     async def metrics(self, job_id: str, after_step: int = 0) -> dict[str, Any]:
-        return await self._ask(self._jobs.Metrics, jobs_pb2.MetricsRequest(job_id=job_id, after_step=after_step))
+        """All records after a step, however many messages they take."""
+        records: list[dict[str, Any]] = []
+        while True:
+            request = jobs_pb2.MetricsRequest(job_id=job_id, after_step=after_step)
+            document = await self._ask(self._jobs.Metrics, request)
+            records += document["metrics"]
+            if not document.get("more") or not document["metrics"]:
+                return {**document, "metrics": records}
+            after_step = records[-1]["step"]
 
     async def control(self, job_id: str, action: str) -> dict[str, Any]:
         """`action`: cancel pause resume."""

@@ -51,6 +51,7 @@ class Measured:
     steps: int
     step_s: float
     startup_s: float
+    evaluation_included: bool = False  # in step_s, because it was taken from the whole loop
 
 
 def median_step_s(metrics: Sequence[Metrics]) -> float | None:
@@ -75,6 +76,7 @@ def measure(
         max((usage.steps for usage in usages), default=0),
         by_loop if by_records is None else by_records,
         max((usage.startup_s for usage in usages), default=0.0),
+        evaluation_included=by_records is None,
     )
 
 
@@ -128,6 +130,8 @@ def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
     predicted_s = sum(around.values()) + steps * plan.estimate.step_s
     if measured.startup_s > 0:
         around["startup"] = measured.startup_s
+    if measured.evaluation_included:
+        around["evaluation"] = 0.0
     measured_s = sum(around.values()) + steps * measured.step_s
     why = ""
     if not measured.finished:
@@ -159,7 +163,8 @@ def _expected_loss_s(plan: Plan) -> float:
 
 
 class Learner:
-    """Holds the table and the exploration ledger; one per coordinator. `notes` says where it started from."""
+    """Holds the table and the exploration ledger; one per coordinator. `notes` says where it started from, `problem`
+    why the last snapshot is not on the disk."""
 
     def __init__(self, path: Path, prior: Prior | None = None) -> None:
         self._path = path
@@ -167,6 +172,7 @@ class Learner:
         self._lock = asyncio.Lock()
         self.table: QTable = self._prior.table()
         self.ledger = Ledger()
+        self.problem = ""
         loaded = snapshot.load(path)
         self.notes = loaded.reason
         if loaded.table is not None and loaded.table.cost_model_version != self._prior.cost_model_version:
@@ -224,7 +230,7 @@ class Learner:
 
         Called at start and after every commit that appended an event of KINDS: reading the log rather than being handed
         the event keeps the order of seq whoever commits first. A snapshot whose last event is not in this log is of
-        another database, and the log wins.
+        another database, and the log wins. A full disk does not raise: `problem` says so, and the log has it all.
         """
         async with self._lock:
             if last_seq := self.table.last_seq:
@@ -238,7 +244,11 @@ class Learner:
                     self.apply(event.seq, event.kind, json.loads(event.payload_json))
                 read += len(page)
             if read:
-                await asyncio.to_thread(self.save)
+                try:
+                    await asyncio.to_thread(self.save)
+                    self.problem = ""
+                except OSError as error:
+                    self.problem = f"the snapshot could not be written: {error}"
             return read
 
 

@@ -36,7 +36,7 @@ _SESSION = (
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
 )
 _FRONT = (*_BOUNDS, ("grpc.max_connection_age_ms", 60_000), ("grpc.max_connection_idle_ms", 30_000))
 

@@ -53,6 +53,9 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         return enrolment.renew(self._authority, request, context, time.time())
 
+    async def Probe(self, request: pb.Echo, context: Any) -> pb.Echo:
+        return request
+
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         who = caller(context)
         messages = aiter(request_iterator)

@@ -1,4 +1,4 @@
-"""`hive-node`: the verbs of a machine's owner. Importing this imports click only; a verb is imported when it is used."""
+"""`hive-node`: the verbs of a machine's owner. Importing this imports click only; a verb is imported when used."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import click
 
 from node import config as configuration
 from node.consent import check_user, statement
-from protos.command_line import human_bytes, say
+from protos.command_line import human_bytes, log_to_stderr, say
 
 _FLAGS = (
     click.option("--coordinator", metavar="HOST:PORT", help="Where it is [default: found on the LAN by zeroconf]."),
@@ -52,6 +52,7 @@ def start(**flags: Any) -> int:
     say(statement(account(), config.coordinator))
     say(f"node {config.name}: {granted(config)}; files in {config.home}")
 
+    log_to_stderr(config.log_level)
     from node.daemon import run
 
     asyncio.run(run(config))

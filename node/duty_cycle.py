@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from node import process_tree
 
 QUANTUM_S = 0.02  # CPU seconds saved up before the trees run again: small enough to stay responsive
+_KEPT_S = 0.25  # of an unused grant so much is kept: a late wake-up of the daemon loses nothing
 _SHORTEST_WAIT_S = 0.005
 _LONGEST_WAIT_S = 0.2
 _TREE_EVERY_S = 0.2  # how often new descendants are looked for
@@ -40,7 +41,8 @@ class DutyController:
         elapsed = max(0.0, now_s - self._now_s)
         used = max(0.0, used_s - self._used_s)
         self._now_s, self._used_s = now_s, used_s
-        self._balance_s = min(QUANTUM_S, self._balance_s + elapsed * self._cpus - used)
+        most = QUANTUM_S + _KEPT_S * self._cpus
+        self._balance_s = min(most, self._balance_s + elapsed * self._cpus - used)
         # A balance filled to within rounding is full; without this a stopped tree could wait for the last nanosecond.
         self._running = self._balance_s > 0 if self._running else self._balance_s >= QUANTUM_S * 0.999
         if self._running:

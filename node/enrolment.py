@@ -7,6 +7,7 @@ returned; a machine that is still a member never needs a token again, however lo
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ssl
 import time
@@ -35,7 +36,7 @@ class Wanted:
 
 
 class Identity:
-    """`current` before every connection, `connected` after every welcome."""
+    """The session asks `current` before every attempt and says `connected` after every welcome; others ask `held`."""
 
     def __init__(self, wanted: Wanted, find: Find, clock: Callable[[], float] = time.time) -> None:
         self._wanted = wanted
@@ -43,23 +44,33 @@ class Identity:
         self._clock = clock
         self._credential: Credential | None = None
         self._without_session_since: float | None = None
+        self._lock = asyncio.Lock()
 
     def connected(self) -> None:
         self._without_session_since = None
 
     async def current(self) -> Credential:
         """The credential to connect with now. Raises AccessError when only the owner can help, Unreachable to wait."""
-        now = self._clock()
+        async with self._lock:
+            now = self._clock()
+            since = self._without_session_since
+            if self._credential is not None and since is not None and now - since >= LOST_S:
+                credential = self._keep(await self._located(self._credential, now))
+            else:
+                credential = await self._fresh(now)
+            if self._without_session_since is None:
+                self._without_session_since = now
+            return credential
+
+    async def held(self) -> Credential:
+        """The same for calls beside the session (transfers): asking for it says nothing about the session."""
+        async with self._lock:
+            return await self._fresh(self._clock())
+
+    async def _fresh(self, now: float) -> Credential:
         if self._credential is None:
-            self._keep(await self._first(now))
-        elif self._without_session_since is not None and now - self._without_session_since >= LOST_S:
-            self._keep(await self._located(self._credential, now))
-        else:
-            self._keep(await enrol.refreshed(self._credential, now))
-        if self._without_session_since is None:
-            self._without_session_since = now
-        assert self._credential is not None
-        return self._credential
+            return self._keep(await self._first(now))
+        return self._keep(await enrol.refreshed(self._credential, now))
 
     async def _first(self, now: float) -> Credential:
         wanted = self._wanted
@@ -128,11 +139,12 @@ class Identity:
                 raise
             return await self._with_token(address, self._wanted.token, credential.key_pem)
 
-    def _keep(self, credential: Credential) -> None:
+    def _keep(self, credential: Credential) -> Credential:
         if credential != self._credential:
             credentials.save(credential, self._wanted.file)
             self._key_file.unlink(missing_ok=True)
             self._credential = credential
+        return credential
 
     @property
     def _key_file(self) -> Path:

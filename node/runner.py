@@ -86,6 +86,8 @@ class Runner:
         handler: WorkerHandler,
     ) -> WorkerHandle:
         """A worker that runs the task now. Raises HiveError when no worker can be started; then nothing was called."""
+        workspace.output_dir.mkdir(parents=True, exist_ok=True)
+        workspace.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         visible, inner_device = device_environment(device)
         header = {
             "kind": "task",
@@ -132,9 +134,8 @@ class Runner:
             handle.kill_now(ExitKind.KILLED, "the node is stopping")
         if self._lives:
             await asyncio.wait(set(self._lives), timeout=_CLOSE_S / 2)
-        async with self._starting:
-            if self._parent is not None:
-                await self._parent.close()
+        if self._parent is not None:  # also one that is still importing: its start then raises
+            await self._parent.close()
         if self._lives:  # their parent is gone now, and so are they
             await asyncio.wait(set(self._lives), timeout=_CLOSE_S / 2)
         tasks = [task for task in (self._watch, self._enforce, self._idle, *self._lives) if task is not None]

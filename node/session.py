@@ -52,6 +52,16 @@ class Session:
     def is_connected(self) -> bool:
         return self._outgoing is not None
 
+    @property
+    def connection(self) -> object:
+        """A different object for every connection."""
+        return self._outgoing
+
+    async def drained(self) -> None:
+        """Returns when what was queued on the open stream has been written, or there is no stream."""
+        if self._outgoing is not None:
+            await self._outgoing.join()
+
     def send(self, message: pb.NodeMessage) -> bool:
         """Queue a message on the open stream; False (and dropped) when there is none."""
         if self._outgoing is None:
@@ -88,7 +98,7 @@ class Session:
     async def _once(self) -> None:
         credential = await self.credential()
         async with dial.channel(credential.session_address, credential) as channel:
-            stub: Any = membership_pb2_grpc.MembershipStub(channel)
+            stub: Any = membership_pb2_grpc.MembershipStub(channel)  # type: ignore[no-untyped-call]
             stream = stub.Attach()
             try:
                 await self._converse(stream)
@@ -145,6 +155,7 @@ class Session:
                 await stream.write(pb.NodeMessage(durable=durable))
             while True:
                 await stream.write(await outgoing.get())
+                outgoing.task_done()
 
     async def _read(self, stream: Any) -> None:
         while (message := await stream.read()) is not _EOF:

@@ -18,7 +18,9 @@ _KEPT = frozenset(
 )
 _ROOMS = Path(__file__).resolve().parent.parent
 _KEPT_PREFIXES = ("LC_",)
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# numpy's OpenBLAS starts its threads when it is imported: none may run in the parent when it forks.
+_NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def clean_environment(source: Mapping[str, str], cpus: float) -> dict[str, str]:
@@ -27,7 +29,7 @@ def clean_environment(source: Mapping[str, str], cpus: float) -> dict[str, str]:
     threads = str(max(1, math.ceil(cpus)))
     if _ROOMS.name not in ("site-packages", "dist-packages"):  # run from a checkout: workers run the same code
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOMS), kept.get("PYTHONPATH", "")]))
-    return kept | dict.fromkeys(_THREAD_VARIABLES, threads) | {"PYTHONUNBUFFERED": "1"}
+    return kept | dict.fromkeys(_THREAD_VARIABLES, threads) | _NO_THREADS
 
 
 def device_environment(device: str) -> tuple[dict[str, str], str]:

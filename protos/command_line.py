@@ -1,12 +1,13 @@
 """What `hive` and `hive-node` share as programs: lazily imported subcommands, one way out, documents and tables.
 
 Owns: the exit code of every ending (protos.errors.TABLE), the error as one sentence with a hint or as a JSON document,
-and that stdout carries data while stderr carries prose. Refuses tracebacks unless HIVE_DEBUG=1. Importing it costs click
-and nothing else: `hive --help` must stay below 150 ms.
+and that stdout carries data while stderr carries prose. Refuses tracebacks unless HIVE_DEBUG=1. Importing it costs
+click and nothing else: `hive --help` must stay below 150 ms.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import math
@@ -37,6 +38,15 @@ class LazyGroup(click.Group):
         module, attribute = self.lazy[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.lazy and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.lazy, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"there is no command {args[0]!r}{meant}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -84,11 +94,48 @@ def run(cli: click.Command, name: str, arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         _debug_traceback()
+        if isinstance(error, ExceptionGroup) and (inner := _first_of_ours(error)):
+            return show_error(inner, as_json)
         problem = HiveError(
             f"hive failed unexpectedly: {type(error).__name__}: {error}",
             "this is a bug in hive; run again with HIVE_DEBUG=1 for the traceback",
         )
         return show_error(problem, as_json)
+
+
+def _first_of_ours(group: BaseExceptionGroup[BaseException]) -> HiveError | None:
+    """The HiveError that ended a task group, however deep it lies."""
+    for error in group.exceptions:
+        found = _first_of_ours(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, HiveError):
+            return found
+    return None
+
+
+def log_to_stderr(level: str) -> None:
+    """For long-running commands: structlog and the standard library's log as lines on stderr, never on stdout."""
+    import logging
+
+    import structlog
+
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise HiveError(f"{level!r} is not a log level", "use debug, info, warning or error", code=ErrorCode.USAGE)
+    logging.basicConfig(
+        level=max(number, logging.WARNING), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)
+            if sys.stderr.isatty()
+            else structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

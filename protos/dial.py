@@ -24,7 +24,6 @@ from protos.version import MINIMUM_PROTOCOL, PROTOCOL, SOFTWARE
 ERROR_KEY = "hive-error-bin"  # trailing metadata: JSON of code, message, hint
 PROTOCOL_TOKEN = "hive-protocol"
 _MAX_ERROR_BYTES = 64 * 1024
-_TLS_SIGNS = ("handshake", "certificate", "tlsv1", "tls_", "ssl")
 _REACH_HINT = (
     "is it running (hive coordinator start), is the address right (--coordinator HOST:PORT or HIVE_COORDINATOR), "
     "and does a firewall let it through?"
@@ -99,11 +98,13 @@ def error_from(error: grpc.RpcError, address: str) -> HiveError:
     details = (error.details() or "")[:500]
     lowered = details.lower()
     match error.code():
-        case grpc.StatusCode.UNAVAILABLE if any(sign in lowered for sign in _TLS_SIGNS):
+        case grpc.StatusCode.UNAVAILABLE if "certificate_verify_failed" in lowered:
             return AccessError(
-                f"the coordinator at {address} and this machine do not accept each other's certificates",
+                f"what answers at {address} does not prove to be the coordinator that this machine joined",
                 "was the coordinator set up anew, or is this machine's clock wrong? join again with a new token",
             )
+        case grpc.StatusCode.UNAVAILABLE if "wrong_version_number" in lowered:
+            return Unreachable(f"what answers at {address} is not a coordinator (no TLS)", _REACH_HINT)
         case grpc.StatusCode.UNAVAILABLE if "failed to connect" in lowered and "closed" in lowered:
             return Unreachable(  # a refused client certificate looks just like a server that is going down
                 f"the coordinator at {address} closed the connection before a word was spoken",

@@ -71,8 +71,9 @@ def resolve(
         else:
             try:
                 values[setting.key] = setting.parse(raw)
-            except HiveError as error:
-                raise HiveError(f"{source}: {setting.key}: {error.message}", error.hint, code=ErrorCode.USAGE) from None
+            except HiveError as error:  # already a whole sentence; a flag is where one looks first
+                where = "" if source == Source.FLAG else f"{source}: {setting.key}: "
+                raise HiveError(where + error.message, error.hint, code=ErrorCode.USAGE) from None
             except (TypeError, ValueError) as error:
                 raise HiveError(f"{source}: {setting.key}: {error}", "", code=ErrorCode.USAGE) from None
         sources[setting.key] = source

@@ -9,6 +9,7 @@ size limit here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -89,20 +90,17 @@ async def _send(stub: Any, path: Path, digest: Digest, total: int, start: int | 
     """One call; how many bytes the coordinator holds after it. `start` None sends nothing and asks."""
     call = stub.Put()
     try:
-        async for chunk in _chunks(path, digest, total, start):
-            if limiter is not None:
-                await limiter.take(len(chunk.content))
-            async with asyncio.timeout(IDLE_S):
-                await call.write(chunk)
-            if call.done():
-                break
-        async with asyncio.timeout(IDLE_S):
+        with contextlib.suppress(asyncio.InvalidStateError):  # the coordinator answered before everything was sent
+            async for chunk in _chunks(path, digest, total, start):
+                if limiter is not None:
+                    await limiter.take(len(chunk.content))
+                async with asyncio.timeout(IDLE_S):
+                    await call.write(chunk)
             await call.done_writing()
+        async with asyncio.timeout(IDLE_S):
             return int((await call).bytes)
     except TimeoutError:
         raise _silent() from None
-    except asyncio.InvalidStateError:  # the coordinator answered before everything was sent
-        return int((await call).bytes)
     except grpc.RpcError as error:
         raise _error(error) from None
     finally:

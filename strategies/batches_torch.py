@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from strategies.loss_torch import Loss
 from strategies.sample_order import EpochOrder, slice_of, steps
 
 READ_AHEAD_SHARE = 0.05  # of a step's time spent reading, above which a thread reads ahead
-SETTLING_STEPS = 5
+READ_AHEAD_S = 1e-3
+SETTLING_STEPS = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +86,8 @@ class BatchSource:
         self._order: EpochOrder | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[StepBatch]] | None = None
-        self._reading_s = 0.0
-        self._seen = 0
+        self._read_s: list[float] = []
+        self._step_s: list[float] = []
         self._since = time.perf_counter()
 
     def next(self, step: int) -> StepBatch:
@@ -105,14 +107,16 @@ class BatchSource:
             self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _watch(self, started: float) -> None:
-        """Turns reading ahead on when it would have paid over the last steps."""
+        """Turns reading ahead on when the median read is slow, in itself and beside the median step."""
         now = time.perf_counter()
-        self._reading_s += now - started
-        self._seen += 1
-        if self._seen == SETTLING_STEPS:
-            if self._reading_s > READ_AHEAD_SHARE * (now - self._since) and self._reading_s / self._seen > 1e-3:
+        self._read_s.append(now - started)
+        self._step_s.append(now - self._since)
+        self._since = now
+        if len(self._read_s) == SETTLING_STEPS:
+            read_s, step_s = median(self._read_s), median(self._step_s)
+            if read_s > READ_AHEAD_S and read_s > READ_AHEAD_SHARE * step_s:
                 self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-            self._reading_s, self._seen, self._since = 0.0, 0, now
+            self._read_s, self._step_s = [], []
 
     def _read(self, step: int) -> StepBatch:
         slicing = self._slicing

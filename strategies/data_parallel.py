@@ -86,6 +86,8 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
     """Why no prefix of any group works although there are groups: memory, or a node too slow for a single sample."""
     grouped = {node.node_id: node for group in _groups(inputs) for node in group.nodes}
     short = [node for node in grouped.values() if _member(inputs, node) is None]
+    if inputs.holders & {node.node_id for node in inputs.eligible} and not inputs.holders & set(grouped):
+        return ("no trusted network reaches a node that has the newest state of the job",)
     if short:
         return (memory_reason(inputs, short, RANKS),)
     if inputs.spec.train.accumulate != "auto":
@@ -115,8 +117,11 @@ def _best(inputs: Inputs) -> PlacedEstimate | None:
     """The fastest prefix of any group; None when there is none."""
     best: PlacedEstimate | None = None
     members = {node.node_id: _member(inputs, node) for node in inputs.eligible}
+    holding = inputs.holders & {node.node_id for node in inputs.eligible}
     for group in _groups(inputs):
         found = [member for node in group.nodes if (member := members[node.node_id])]
+        if holding and not any(member.node.node_id in holding for member in found):
+            continue
         for placed in _prefixes(inputs, group.network, _in_order(inputs, found)):
             if best is None or placed.cost.seconds < best.cost.seconds:
                 best = placed

@@ -36,16 +36,16 @@ class TrustedGroup:
 
 
 def link_between(cluster: ClusterView, a: NodeView, b: NodeView) -> Link:
-    """Capped by the upload either owner allows."""
+    """The slower direction, capped by the upload either owner allows; never zero, as it divides."""
     caps = [cap for node in (a, b) if (cap := node.capacity.max_upload_bytes_per_s)]
     measured = cluster.link(a.node_id, b.node_id)
     if measured is not None:
-        return Link(measured.rtt_s, min(measured.bandwidth_bytes_per_s, *caps, float("inf")))
+        return Link(measured.rtt_s, max(1.0, min([measured.bandwidth_bytes_per_s, *caps])))
     if a.capacity.machine_id == b.capacity.machine_id:
         return Link(LOOPBACK_RTT_S, LOOPBACK_BYTES_PER_S)
     rtts = [rtt for node in (a, b) if (rtt := node.capacity.rtt_s) is not None]
     rates = [rate for node in (a, b) if (rate := node.capacity.bandwidth_bytes_per_s)]
-    return Link(max(rtts, default=LAN_RTT_S), min(*rates, *caps, LAN_BYTES_PER_S if not rates else float("inf")))
+    return Link(max(rtts, default=LAN_RTT_S), max(1.0, min([*(rates or [LAN_BYTES_PER_S]), *caps])))
 
 
 def worst_link(cluster: ClusterView, nodes: Sequence[NodeView]) -> Link:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.parameter import is_lazy
 
 from protos import documents
-from protos.errors import HiveError
+from protos.errors import ErrorCode, HiveError, SpecError
 from protos.jobspec import JobSpec
 from protos.model import Family, LayerProfile, ModelProfile, Requirements, base_requirements, complexity_of
 from protos.plan import DataProfile, Identification
@@ -42,6 +43,7 @@ from strategies.profile_layers_torch import (
 from strategies.train_loop_torch import open_data
 
 BATCHES = (2, 4)
+LAYERS_LIMIT = 4_000  # so that a profile stays far below the limit of a document
 REAL_LIMIT_BYTES = 4 * 1024**3  # a model larger than this is never built for real just to be identified
 _FLOPS_PER_CORE = 10e9  # an ordinary core, for the hours of a requirement; plans use measured rates
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -59,7 +61,7 @@ class Built:
 
     @property
     def layers(self) -> tuple[LayerProfile, ...]:
-        return layers(self.model, self.small, self.large, BATCHES)
+        return condensed(layers(self.model, self.small, self.large, BATCHES), LAYERS_LIMIT)
 
 
 def identify(context: TaskContext) -> Outcome:
@@ -117,7 +119,7 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch) -> Built:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = model_torch.build(spec.model, code_dir, None, spec.train.seed)
-            size = parameter_bytes(model)
+            size = parameter_bytes(model) if not any(map(is_lazy, model.parameters())) else 0
             return _trace(model, spec, batch, loss, fake=True)
     except HiveError:
         raise
@@ -131,6 +133,12 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch) -> Built:
 
 
 def _trace(model: nn.Module, spec: JobSpec, batch: Batch, loss: Loss, *, fake: bool) -> Built:
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise SpecError(
+            "the model has lazy layers: their sizes are not known until data pass through",
+            "give the sizes, e.g. nn.Linear(64, 10) instead of nn.LazyLinear(10)",
+            code=ErrorCode.MODEL_UNUSABLE,
+        )
     model.train()
 
     def at(size: int) -> Trace:
@@ -204,6 +212,28 @@ def requirements_of(profile: ModelProfile, spec: JobSpec, data: DataProfile) -> 
     samples = cost.assumed_steps(profile, spec.train, data) * spec.train.batch_size
     hours = samples * cost.TRAINING_FACTOR * profile.flops_per_sample / (table.cores * _FLOPS_PER_CORE) / 3600
     return Requirements(table.cores, need, need - memory.RESERVE_BYTES, hours, "layers")
+
+
+def condensed(found: tuple[LayerProfile, ...], limit: int) -> tuple[LayerProfile, ...]:
+    """At most `limit` layers: neighbours are joined, sums kept, under the kind of the one that computes most."""
+    if len(found) <= limit:
+        return found
+    run_length = -(-len(found) // limit)
+    joined = []
+    for start in range(0, len(found), run_length):
+        part = found[start : start + run_length]
+        joined.append(
+            LayerProfile(
+                name=f"{part[0].name}..{part[-1].name}",
+                kind=max(part, key=lambda layer: layer.flops_per_sample).kind,
+                parameters=sum(layer.parameters for layer in part),
+                flops_per_sample=sum(layer.flops_per_sample for layer in part),
+                activation_bytes_per_sample=sum(layer.activation_bytes_per_sample for layer in part),
+                output_bytes_per_sample=part[-1].output_bytes_per_sample,
+                output_shape=part[-1].output_shape,
+            )
+        )
+    return tuple(joined)
 
 
 def _dtype(dtype: torch.dtype) -> str:

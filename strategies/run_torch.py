@@ -1,14 +1,19 @@
 """The entry point of a worker: a TaskContext in, an Outcome out, whatever happens.
 
 Dispatches on the kind of task and turns every exception into a Fault; nothing escapes but the end of the process.
+Importing this file imports all that training needs and runs nothing, so that a warm parent can fork workers that start
+at once.
 """
 
 from __future__ import annotations
+
+import torch._dynamo  # noqa: F401  the first optimizer imports it, 1 to 2 s: here the warm parent has it
 
 from protos.states import AttemptState
 from protos.work import Outcome, TaskKind
 from strategies.context import TaskContext
 from strategies.faults_torch import fault_of
+from strategies.train_loop_torch import train
 
 
 def run(context: TaskContext) -> Outcome:
@@ -21,8 +26,6 @@ def run(context: TaskContext) -> Outcome:
 def _dispatch(context: TaskContext) -> Outcome:
     match context.task.kind:
         case TaskKind.TRAIN:
-            from strategies.train_loop_torch import train
-
             return train(context)
         case TaskKind.IDENTIFY:
             from strategies.profile_torch import identify

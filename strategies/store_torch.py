@@ -32,15 +32,16 @@ class ChannelStore(Store):
         self._store.set(key, value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        return self._sliced(key, self._timeout_s, lambda slice_s: self._store.get(key, slice_s))
+        value: bytes = self._sliced(key, self._timeout_s, lambda slice_s: self._store.get(key, slice_s))
+        return value
 
     def add(self, key: str, amount: int) -> int:
         return self._store.add(key, amount)
 
-    def check(self, keys: Sequence[str]) -> bool:  # type: ignore[override]
+    def check(self, keys: Sequence[str]) -> bool:
         return self._store.check(list(keys))
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit_s = self._timeout_s if timeout is None else min(timeout.total_seconds(), self._timeout_s)
         self._sliced(", ".join(keys), limit_s, lambda slice_s: self._store.wait(list(keys), slice_s))
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from coordinator import config as configuration
-from coordinator import connect
-from protos import credentials
-from protos.command_line import output_option, say, write_line
-from protos.errors import DeadlineExceeded, HiveError
+from protos.command_line import log_to_stderr, output_option, say, write_line
 from protos.version import SCHEMA
 
-_TOKEN_USES = 100
-_TOKEN_LIFETIME_S = 24 * 3600.0
-_READY_DEADLINE_S = 30.0
-_POLL_S = 0.05
+if TYPE_CHECKING:
+    from coordinator.app import Ready
 
 
 @click.group()
@@ -44,71 +37,25 @@ def start(as_json: bool, **flags: Any) -> int:
 async def _run(config: configuration.CoordinatorConfig, as_json: bool) -> None:
     from coordinator.app import serve
 
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    log_to_stderr(config.log_level)
+    serving = asyncio.create_task(serve(config, lambda ready: _announce(ready, config.advertise, as_json)))
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    serving = asyncio.create_task(serve(config))
-    announcing = asyncio.create_task(_announce(config, time.time(), as_json))
-    stopping = asyncio.create_task(stop.wait())
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     try:
-        await asyncio.wait({serving, announcing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if announcing.done() and not serving.done():
-            announcing.result()
-            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
-    finally:
-        for task in (announcing, stopping, serving):
-            task.cancel()
-        await asyncio.gather(announcing, stopping, serving, return_exceptions=True)
+        await serving
+    except asyncio.CancelledError:
+        say("the coordinator has ended; jobs that run go on and report when it is back")
 
 
-async def _announce(config: configuration.CoordinatorConfig, since_s: float, as_json: bool) -> None:
-    """Once it answers its own administrator: the token, and the command to type on the other machines."""
-    client_config = connect.ClientConfig(config.home)
-    async with await _answering(client_config, since_s) as client:
-        made = (await client.create_token("node", _TOKEN_USES, _TOKEN_LIFETIME_S))["token"]
-    credential = credentials.load(client_config.credential_path)
-    session_port = int(credential.session_address.rpartition(":")[2])
-    port = credential.front_address.rpartition(":")[2]
-    host = config.host if config.host not in ("0.0.0.0", "::", "") else lan_address()
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    join = f"hive-node start --coordinator {address} --token {made['token']}"
+def _announce(ready: Ready, advertised: bool, as_json: bool) -> None:
+    """The command to type on the other machines: a document on one line, or words."""
+    facts = {"address": ready.address, "session_port": ready.session_port, "home": str(ready.home)}
     if as_json:
-        facts = {"address": address, "session_port": session_port, "home": str(config.home)}
-        write_line({"schema": SCHEMA, "coordinator": {**facts, "token": made["token"], "join": join}})
+        write_line({"schema": SCHEMA, "coordinator": {**facts, "token": ready.token, "join": ready.join}})
         return
-    say(f"coordinator at {address} (members: port {session_port}), files in {config.home}")
+    say(f"coordinator at {ready.address} (members: port {ready.session_port}), files in {ready.home}")
     say("on each machine that lends itself, type:")
-    click.echo(f"  {join}")
-    if config.advertise:
+    click.echo(f"  {ready.join}")
+    if advertised:
         say("  on this LAN, --coordinator may be left out")
-    say("then, here: hive nodes, hive submit JOB.yaml --wait. Ctrl-C stops the coordinator; running jobs go on.")
-
-
-async def _answering(config: connect.ClientConfig, since_s: float) -> Any:
-    """A client once this run of the coordinator has written its owner's credential and answers."""
-    deadline = time.monotonic() + _READY_DEADLINE_S
-    while True:
-        try:
-            if credentials.load(config.credential_path) and config.credential_path.stat().st_mtime >= since_s - 1:
-                client = await connect.connect(config)
-                await client.list_jobs(limit=1)
-                return client
-            last = "no credential was written"
-        except HiveError as error:
-            last = error.message
-        if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"the coordinator did not answer within {_READY_DEADLINE_S:.0f} s: {last}")
-        await asyncio.sleep(_POLL_S)
-
-
-def lan_address() -> str:
-    """The address other machines most likely reach this one at. Asks the routing table; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: no such host
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
+    say("then, here: hive nodes, hive submit JOB.yaml --wait. Ctrl-C ends the coordinator; running jobs go on.")

@@ -79,8 +79,8 @@ def _print(document: dict[str, Any], as_json: bool) -> None:
             each.get("role"),
             "any" if each.get("uses_left") is None else each["uses_left"],
             render.clock(each.get("expires_s")),
-            "revoked" if each.get("revoked") else "",
+            "yes" if each.get("revoked") else "no",
         )
         for each in document["tokens"]
     ]
-    click.echo(table(["TOKEN", "ROLE", "USES LEFT", "UNTIL", ""], rows) if rows else "no tokens")
+    click.echo(table(["TOKEN", "ROLE", "USES LEFT", "UNTIL", "REVOKED"], rows) if rows else "no tokens")

@@ -18,7 +18,7 @@ from pathlib import Path
 from coordinator.identify.parse import WEIGHT_FORMATS
 from coordinator.identify.tensors import unusable
 from protos import documents
-from protos.errors import HiveError, NotFound, from_document
+from protos.errors import HiveError, NotFound, SpecError, from_document
 from protos.jobspec import entry_point
 from protos.model import ModelProfile
 
@@ -63,7 +63,7 @@ async def identify_file(path: Path, *, deadline_s: float = DEADLINE_S) -> ModelP
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
         await process.wait()
-    return _decode(path.name, answer)
+    return decode_answer(path.name, answer)
 
 
 def open_regular(path: Path) -> int:
@@ -103,18 +103,21 @@ async def _answer(process: asyncio.subprocess.Process) -> bytes:
     return bytes(answer)
 
 
-def _decode(name: str, answer: bytes) -> ModelProfile:
-    """The child read hostile bytes: what it says is checked like any other document."""
+def decode_answer(name: str, answer: bytes) -> ModelProfile:
+    """The child read hostile bytes: what it says is checked like any other document. Raises SpecError."""
     try:
         document = json.loads(answer)
-        if "error" in document:
-            error = document["error"]
-            if error.get("message"):
-                raise _named(name, from_document({key: str(value) for key, value in error.items()}))
+        error = document.get("error")
+        if error is None:
+            return documents.decode(ModelProfile, json.dumps(document["profile"]))
+        if not error.get("message"):
             raise unusable(f"{name}: reading it took too much memory", _TOO_MUCH)
-        return documents.decode(ModelProfile, json.dumps(document["profile"]))
+        said = from_document({key: str(value) for key, value in error.items()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise unusable(f"{name}: the reader stopped without an answer", _TOO_MUCH) from None
+    except SpecError as error:
+        raise unusable(f"{name}: {error.message.removeprefix(f'{name}: ')}", error.hint) from None
+    raise _named(name, said)
 
 
 def _named(name: str, error: HiveError) -> HiveError:

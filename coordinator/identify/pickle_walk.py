@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from coordinator.identify.tensors import TensorInfo, check_shape, unusable
 
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 2_000_000
 _DAMAGED = "the file is damaged: write it again with torch.save(model.state_dict(), PATH)"
 
 STORAGES = {

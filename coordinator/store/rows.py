@@ -23,12 +23,25 @@ HEAD_SEQ = "event_head_seq"
 HEAD_CHAIN = "event_head_chain"
 
 
+# Built once: making a statement costs more than running it.
+_TABLES = schema.metadata.sorted_tables
+_INSERT = {table.name: sa.insert(table) for table in _TABLES}
+_UPDATE = {
+    table.name: sa.update(table).where(*(column == sa.bindparam("key_" + column.name) for column in table.primary_key))
+    for table in _TABLES
+}
+_JOB = sa.select(schema.jobs).where(schema.jobs.c.job_id == sa.bindparam("job_id"))
+_ACCEPTED = sa.select(schema.spools.c.accepted).where(
+    schema.spools.c.node_id == sa.bindparam("node_id"), schema.spools.c.spool_id == sa.bindparam("spool_id")
+)
+
+
 def _columns(record: Job | Attempt | Member | TokenRecord | Event) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def _one(connection: sa.Connection, kind: type[R], query: sa.Select[Any]) -> R | None:
-    row = connection.execute(query).one_or_none()
+def _one(connection: sa.Connection, kind: type[R], query: sa.Select[Any], **parameters: Any) -> R | None:
+    row = connection.execute(query, parameters).one_or_none()
     return None if row is None else kind(**row._mapping)
 
 
@@ -44,10 +57,10 @@ class SqlRows:
 
     def _put(self, table: sa.Table, values: dict[str, Any]) -> None:
         """Update by primary key, insert when there was nothing to update."""
-        keys = {column.name: values.pop(column.name) for column in table.primary_key}
-        where = [table.c[name] == key for name, key in keys.items()]
-        if self._connection.execute(sa.update(table).where(*where).values(**values)).rowcount == 0:
-            self._connection.execute(sa.insert(table).values(**keys, **values))
+        keys = {column.name for column in table.primary_key}
+        parameters = {"key_" + name if name in keys else name: value for name, value in values.items()}
+        if self._connection.execute(_UPDATE[table.name], parameters).rowcount == 0:
+            self._connection.execute(_INSERT[table.name], values)
 
     def job(self, job_id: JobId) -> Job | None:
         return select_job(self._connection, job_id)
@@ -89,7 +102,7 @@ class SqlRows:
 
     def add_token_use(self, token_id: str, key_id: str, used_s: float) -> None:
         values = {"token_id": token_id, "key_id": key_id, "used_s": used_s}
-        self._connection.execute(sa.insert(schema.token_uses).values(**values))
+        self._connection.execute(_INSERT["token_uses"], values)
 
     def accepted(self, node_id: NodeId, spool_id: str) -> int:
         return select_accepted(self._connection, node_id, spool_id)
@@ -101,7 +114,7 @@ class SqlRows:
         self._put(schema.meta, {"key": key, "value": value})
 
     def add_event(self, event: Event) -> None:
-        self._connection.execute(sa.insert(schema.events).values(**_columns(event)))
+        self._connection.execute(_INSERT["events"], _columns(event))
 
     def put_head(self, head: Head) -> None:
         """Kept beside the log so that rows cut off its end are missed."""
@@ -110,7 +123,7 @@ class SqlRows:
 
 
 def select_job(connection: sa.Connection, job_id: JobId) -> Job | None:
-    return _one(connection, Job, sa.select(schema.jobs).where(schema.jobs.c.job_id == job_id))
+    return _one(connection, Job, _JOB, job_id=job_id)
 
 
 def select_job_by_idempotency_key(connection: sa.Connection, key: str) -> Job | None:
@@ -176,9 +189,7 @@ def every_event(connection: sa.Connection) -> Iterator[Event]:
 
 
 def select_accepted(connection: sa.Connection, node_id: NodeId, spool_id: str) -> int:
-    t = schema.spools
-    query = sa.select(t.c.accepted).where(t.c.node_id == node_id, t.c.spool_id == spool_id)
-    return connection.execute(query).scalar_one_or_none() or 0
+    return connection.execute(_ACCEPTED, {"node_id": node_id, "spool_id": spool_id}).scalar_one_or_none() or 0
 
 
 def select_meta(connection: sa.Connection, key: str) -> str | None:

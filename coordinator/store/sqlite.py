@@ -7,6 +7,7 @@ is in rows.py, what differs between engines in engine.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,8 +84,9 @@ class SqliteStore:
         durable = self._writer.submit(writes)
 
         def announce(finished: Future[Events]) -> None:
-            if finished.exception() is None and (events := finished.result()):
-                loop.call_soon_threadsafe(self._feed.advance, events[-1].seq)
+            if not finished.cancelled() and finished.exception() is None and (events := finished.result()):
+                with contextlib.suppress(RuntimeError):  # the loop is gone: nobody follows any more
+                    loop.call_soon_threadsafe(self._feed.advance, events[-1].seq)
 
         durable.add_done_callback(announce)  # also when whoever waits here has been cancelled
         return await asyncio.wrap_future(durable)

@@ -53,7 +53,7 @@ class Writer:
         self._thread.start()
 
     def submit(self, writes: Sequence[Write]) -> Future[Events]:
-        """Thread-safe. The future is resolved on the writer thread."""
+        """Thread-safe. The future is resolved on the writer thread; cancelled in time, nothing is written."""
         request = _Request(writes)
         self._queue.put(request)
         return request.done
@@ -80,7 +80,8 @@ class Writer:
                 return
             self._keep_reserve()
 
-    def _commit(self, group: list[_Request]) -> None:
+    def _commit(self, waiting: list[_Request]) -> None:
+        group = [request for request in waiting if request.done.set_running_or_notify_cancel()]
         results: list[Events | BaseException] = []
         try:
             with self._engine.begin() as connection:
@@ -105,13 +106,15 @@ class Writer:
     def _perform(
         self, connection: sa.Connection, head: Head, writes: Sequence[Write]
     ) -> tuple[Head, Events | BaseException]:
+        savepoint = connection.begin_nested()
         try:
-            with connection.begin_nested():
-                log = apply(SqlRows(connection), head, writes, self._clock)
+            log = apply(SqlRows(connection), head, writes, self._clock)
+            savepoint.commit()
             return log.head, tuple(log.appended)
         except (sa.exc.OperationalError, OSError):
-            raise  # the engine failed, not this commit
+            raise  # the engine failed, not this commit: it may have ended the transaction, savepoints and all
         except Exception as error:
+            savepoint.rollback()
             return head, as_hive_error(error, self._where)
 
     def _keep_reserve(self) -> None:

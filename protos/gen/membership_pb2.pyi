@@ -148,6 +148,12 @@ class NodeMessage(_message.Message):
     task_result: _work_pb2.TaskResult
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., store_call: _Optional[_Union[_work_pb2.StoreCall, _Mapping]] = ..., capacity_json: _Optional[bytes] = ..., file_answer: _Optional[_Union[_work_pb2.FileAnswer, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., task_result: _Optional[_Union[_work_pb2.TaskResult, _Mapping]] = ...) -> None: ...
 
+class Echo(_message.Message):
+    __slots__ = ("content",)
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    content: bytes
+    def __init__(self, content: _Optional[bytes] = ...) -> None: ...
+
 class Leaving(_message.Message):
     __slots__ = ("reason", "for_good")
     REASON_FIELD_NUMBER: _ClassVar[int]

@@ -120,6 +120,11 @@ class MembershipStub:
                 request_serializer=membership__pb2.RenewRequest.SerializeToString,
                 response_deserializer=membership__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/hive.v1.Membership/Probe',
+                request_serializer=membership__pb2.Echo.SerializeToString,
+                response_deserializer=membership__pb2.Echo.FromString,
+                _registered_method=True)
 
 
 class MembershipServicer:
@@ -138,6 +143,13 @@ class MembershipServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Probe(self, request, context):
+        """round trip and bandwidth
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MembershipServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -150,6 +162,11 @@ def add_MembershipServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=membership__pb2.RenewRequest.FromString,
                     response_serializer=membership__pb2.RenewReply.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=membership__pb2.Echo.FromString,
+                    response_serializer=membership__pb2.Echo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -207,6 +224,33 @@ class Membership:
             '/hive.v1.Membership/Renew',
             membership__pb2.RenewRequest.SerializeToString,
             membership__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hive.v1.Membership/Probe',
+            membership__pb2.Echo.SerializeToString,
+            membership__pb2.Echo.FromString,
             options,
             channel_credentials,
             insecure,

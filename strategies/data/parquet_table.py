@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,11 @@ class ParquetFile:
         self._lengths = dict.fromkeys(lists, 0)
         for number in range(len(self.starts) - 1):
             if lists and self.starts[number + 1] > self.starts[number]:
-                table = self._read(number, lists)
-                for name in lists:
-                    first = table.column(name)[0].as_py()
-                    self._lengths[name] = len(first) if first is not None else 0
+                with self._guarded(number):
+                    table = self._read(number, lists)
+                    for name in lists:
+                        first = table.column(name)[0].as_py()
+                        self._lengths[name] = len(first) if first is not None else 0
                 break
         return len(self._features) - len(lists) + sum(self._lengths.values())
 
@@ -77,24 +80,29 @@ class ParquetFile:
         scan = TargetScan(self._where, self.fields.target)
         for number in range(len(self.starts) - 1):
             if self.starts[number + 1] > self.starts[number]:
-                table = self._read(number, [self.fields.target])
-                scan.add(self._target(table, number), int(self.starts[number]))
+                with self._guarded(number):
+                    scan.add(self._target(self._read(number, [self.fields.target]), number), int(self.starts[number]))
         return scan.summary()
 
-    def _read(self, number: int, columns: list[str]) -> Any:
+    @contextmanager
+    def _guarded(self, number: int) -> Iterator[None]:
         try:
-            return self._file.read_row_group(number, columns=columns)
+            yield
         except self._errors as error:
             raise unusable(
                 f"{self._where}: row group {number} cannot be read: {error}", "write the file again"
             ) from None
 
+    def _read(self, number: int, columns: list[str]) -> Any:
+        return self._file.read_row_group(number, columns=columns)
+
     def read(self, chunk: int) -> Chunk:
         wanted = dict.fromkeys([*self._features, *([self.fields.target] if self.fields.target is not None else [])])
-        table = self._read(chunk, list(wanted))
-        parts = [self._values(table, name, chunk) for name in self._features]
-        features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        return features, None if self.fields.target is None else self._target(table, chunk)
+        with self._guarded(chunk):
+            table = self._read(chunk, list(wanted))
+            parts = [self._values(table, name, chunk) for name in self._features]
+            features = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            return features, None if self.fields.target is None else self._target(table, chunk)
 
     def _values(self, table: Any, name: str, chunk: int) -> Array:
         """[rows, k] of one feature column; a missing number is NaN."""
@@ -110,7 +118,10 @@ class ParquetFile:
                     f"{self._where}: row {row}: {name!r} has another number of values than row 1, which has {length}",
                     "every row must have the same number of values",
                 )
-            return _numbers(column.flatten()).astype(self.feature_dtype).reshape(len(column), length)
+            values = column.flatten()
+            if values.null_count and self.feature_dtype == "int64":
+                raise unusable(f"{self._where}: {name!r} has lists with missing numbers", "fill them in")
+            return _numbers(values).astype(self.feature_dtype).reshape(len(column), length)
 
     def _target(self, table: Any, chunk: int) -> Array:
         import pyarrow as arrow

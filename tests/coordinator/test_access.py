@@ -47,6 +47,7 @@ def test_a_node_moves_artifacts_and_attaches_and_nothing_else() -> None:
     able = {method for method in METHODS if may(Role.NODE, method)}
     assert {method for method in able if not method.startswith("/grpc.")} == {
         "/hive.v1.Membership/Attach",
+        "/hive.v1.Membership/Probe",
         "/hive.v1.Membership/Renew",
         "/hive.v1.Artifacts/Missing",
         "/hive.v1.Artifacts/Put",
@@ -59,6 +60,7 @@ def test_only_an_administrator_touches_tokens_and_nodes_and_does_everything_a_pe
         assert [role for role in Role if may(role, f"/hive.v1.Jobs/{name}")] == [Role.ADMIN]
     assert {method for method in METHODS if not may(Role.ADMIN, method)} == {
         "/hive.v1.Membership/Attach",
+        "/hive.v1.Membership/Probe",
         "/hive.v1.Enrolment/Enrol",
     }
 

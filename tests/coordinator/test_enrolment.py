@@ -237,7 +237,7 @@ def test_showing_the_right_ca_without_its_key_is_not_enough(tmp_path: Path) -> N
         port = server.add_secure_port("127.0.0.1:0", credentials)
         await server.start()
         try:
-            with pytest.raises(AccessError, match="certificates"):
+            with pytest.raises(AccessError, match="does not prove"):
                 await enrol.enrol(f"127.0.0.1:{port}", new_token(running.authority.fingerprint), "lab-3")
         finally:
             await server.stop(0)
@@ -429,6 +429,23 @@ def test_what_lies_between_is_named(tmp_path: Path) -> None:
                 await enrol.enrol(nowhere, new_token(running.authority.fingerprint), "lab-3")
 
     run(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [
+        ("Tls handshake failed: OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: self signed certificate", AccessError),
+        ("Tls handshake failed: WRONG_VERSION_NUMBER: Invalid certificate verification context", Unreachable),
+        ("failed to connect to all addresses; last error: Handshake read failed (Endpoint closing)", Unreachable),
+        ("failed to connect to all addresses; last error: Socket closed", Unreachable),
+        ("Stream removed (ping timeout)", Unreachable),
+    ],
+)
+def test_only_a_false_certificate_is_an_access_error_a_frozen_coordinator_is_not(details: str, kind: type) -> None:
+    """A node gives up on an AccessError and goes on trying otherwise."""
+    nothing = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing, details)
+    assert type(dial.error_from(error, "lab:7701")) is kind
 
 
 def test_a_port_that_does_not_speak_tls_is_not_a_coordinator(tmp_path: Path) -> None:

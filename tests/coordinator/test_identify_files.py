@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from coordinator.identify import confine
 from coordinator.identify.confine import identify_file, needs_node, usable_as_weights
-from protos.errors import ErrorCode, NotFound, SpecError
+from protos.errors import ErrorCode, HiveError, NotFound, SpecError
 from protos.model import Complexity, Family, ModelProfile
 
 
@@ -211,14 +212,28 @@ def test_a_huggingface_folder_gets_its_own_advice(tmp_path: Path) -> None:
     assert "Hugging Face" in caught.value.hint
 
 
-def test_a_file_that_wants_too_much_memory_kills_only_the_child(tmp_path: Path) -> None:
-    # a few kilobytes of opcodes that build a value of a gigabyte when they are followed: text doubled by references
+def test_a_small_file_cannot_ask_for_endless_work(tmp_path: Path) -> None:
     path = tmp_path / "bomb.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02" + b"]" * (15 * 1024 * 1024) + b".")
-    with pytest.raises(SpecError) as caught:
+    assert path.stat().st_size < 100_000
+    with pytest.raises(SpecError, match="opcodes"):
         identify(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(64 * 1024 * 1024))
+    with pytest.raises(SpecError, match="over the limit"):
+        identify(path)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"profile": {}}', b'{"error": 3}', b'{"error": {"code": "model_unusable"}}'],
+)
+def test_a_child_that_died_or_lies_is_an_ordinary_error(answer: bytes) -> None:
+    with pytest.raises(HiveError) as caught:
+        confine.decode_answer("model.pt", answer)
     assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+    assert caught.value.message.startswith("model.pt: ")
 
 
 def test_a_deadline_ends_the_child(tmp_path: Path) -> None:

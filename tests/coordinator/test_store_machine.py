@@ -134,6 +134,6 @@ def test_memory_and_sqlite_answer_the_same() -> None:
     run_state_machine_as_test(
         StoresAgree,
         settings=settings(
-            max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=12, stateful_step_count=10, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -64,7 +64,7 @@ def test_an_announcement_is_only_a_hint_until_the_address_proves_it() -> None:
 
         async with Beacon(coordinator(OURS, 6000), LOOPBACK):
             with pytest.raises(Unreachable, match=r"announces itself at 127\.0\.0\.1:6000, but .* is another"):
-                await find_coordinator(OURS, refuse, 3.0, LOOPBACK)
+                await find_coordinator(OURS, refuse, 1.5, LOOPBACK)
         assert set(tried) == {"127.0.0.1:6000"}
 
     run(body())
@@ -139,7 +139,7 @@ def test_a_change_of_addresses_is_announced_again() -> None:
             await moving.announce(Service(kind, "mover", 9, {"name": "x"}))
             await until(watcher, lambda: [each.addresses for each in watcher.seen] == [("127.0.0.1",)])
             addresses = ("127.0.0.2",)
-            await until(watcher, lambda: [each.addresses for each in watcher.seen] == [("127.0.0.2",)])
+            await until(watcher, lambda: any("127.0.0.2" in each.addresses for each in watcher.seen))
 
     run(body())
 

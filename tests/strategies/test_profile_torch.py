@@ -13,12 +13,12 @@ import pytest
 from protos import documents
 from protos.ids import Fence, JobId
 from protos.jobspec import parse
-from protos.model import Complexity, Family
+from protos.model import Complexity, Family, LayerProfile
 from protos.plan import Identification
 from protos.states import AttemptState, Reason, StopMode
 from protos.work import Outcome, Progress, Task, TaskKind
 from strategies.context import KeyValueStore, TaskContext, Workspace
-from strategies.profile_torch import identify
+from strategies.profile_torch import condensed, identify
 
 
 @dataclass
@@ -279,6 +279,7 @@ def test_bf16_halves_the_saved_activations(tmp_path: Path) -> None:
         ),
         ("def build(): return 7", "returned int, not a torch.nn.Module", ""),
         ("def build(): return nn.ReLU()", "without trainable parameters", ""),
+        ("def build(): return nn.LazyLinear(4)", "lazy layers", ""),
         ("def other(): pass", "defines no function 'build'", ""),
         ("def build(): return nn.Linear(8, 4, device='cuda:77')", "", ""),
     ],
@@ -312,3 +313,35 @@ def test_data_that_cannot_be_read_are_the_datas_fault(tmp_path: Path) -> None:
     outcome = job.run()
     assert outcome.fault is not None
     assert outcome.fault.reason is Reason.DATA_UNUSABLE
+
+
+def test_text_without_a_target_is_a_language_model(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "text_model.py").write_text(HEADER + GPT.replace("vocabulary=50", "vocabulary=256"))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    spec = parse(
+        {
+            "model": {"source": "text_model.py:build"},
+            "data": {"source": "text.txt", "sequence_length": 16},
+            "train": {"loss": "causal_lm", "batch_size": 4},
+        }
+    )
+    task = Task(TaskKind.IDENTIFY, JobId("j"), Fence(1), 0, 1, "", spec, (4,))
+    workspace = Workspace(tmp_path / "code", tmp_path / "text.txt", None, None, tmp_path, tmp_path)
+    outcome = identify(TaskContext(task, workspace, QuietChannel(), "", 1, "cpu", "n"))
+    assert outcome.state is AttemptState.DONE, outcome.fault
+    found = documents.decode(Identification, outcome.document)
+    assert (found.profile.family, found.profile.task) == (Family.TRANSFORMER, "language_model")
+    assert by_name(found)["head"].output_shape == (16, 256)
+    assert found.data.rows is not None
+    assert found.data.rows > 100
+
+
+def test_a_model_of_very_many_layers_is_condensed_without_loss() -> None:
+    layers = tuple(LayerProfile(str(i), "Linear" if i % 3 else "Conv2d", i, 2.0 * i, 1.0, 4.0, (i,)) for i in range(10))
+    joined = condensed(layers, 4)
+    assert [layer.name for layer in joined] == ["0..2", "3..5", "6..8", "9..9"]
+    assert sum(layer.parameters for layer in joined) == 45
+    assert sum(layer.flops_per_sample for layer in joined) == 90.0
+    assert (joined[1].kind, joined[1].output_shape) == ("Linear", (5,))
+    assert condensed(layers, 10) == layers

@@ -1,0 +1,118 @@
+"""A task's files on this node: fetched by digest, laid out below HIVE_HOME/node/jobs/JOB, removed when it is over.
+
+Checkpoints are shared by all groups of a job on this node; code, data and output belong to one attempt.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from node.cache import BlobCache
+from protos.artifact import Manifest
+from protos.errors import HiveError
+from protos.ids import Digest, JobId
+from protos.work import Task
+from strategies.context import Workspace
+
+log = structlog.get_logger()
+
+Fetch = Callable[[Digest, Path, int], Awaitable[None]]
+_KEEP_IDLE_S = 2 * 86_400.0
+
+
+class Workspaces:
+    def __init__(self, root: Path, cache: BlobCache, fetch: Fetch) -> None:
+        self._root = root
+        self._cache = cache
+        self._fetch = fetch
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _attempt_dir(self, task: Task, suffix: str) -> Path:
+        return self._root / task.job_id / f"attempt-{task.fence}-{task.rank}{suffix}"
+
+    def checkpoint_dir(self, job_id: JobId) -> Path:
+        return self._root / job_id / "checkpoints"
+
+    async def prepare(self, task: Task, suffix: str = "") -> Workspace:
+        """Everything the task names, here. Raises HiveError when a file cannot be had or the disk is full."""
+        folder = self._attempt_dir(task, suffix)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, mode=0o700)
+        owner = str(folder)
+        self._cache.pin(owner, [m for m in (task.code, task.data, task.test, task.weights) if m is not None])
+        code = await self._lay_out(task.code, folder / "code")
+        data = await self._lay_out(task.data, folder / "data")
+        test = await self._lay_out(task.test, folder / "test")
+        weights = await self._lay_out(task.weights, folder / "weights")
+        checkpoints = self.checkpoint_dir(task.job_id)
+        checkpoints.mkdir(exist_ok=True, mode=0o700)
+        await self._take_up(task, checkpoints)
+        output = folder / "output"
+        output.mkdir(mode=0o700)
+        return Workspace(
+            code,
+            _single(task.data, data, task.spec.data.source),
+            _single(task.test, test, task.spec.data.test or ""),
+            _single(task.weights, weights, task.spec.model.weights or task.spec.model.source),
+            checkpoints,
+            output,
+        )
+
+    async def _lay_out(self, manifest: Manifest | None, folder: Path) -> Path | None:
+        if manifest is None:
+            return None
+        return await self._cache.materialise(manifest, folder, self._fetch)
+
+    async def _take_up(self, task: Task, checkpoints: Path) -> None:
+        """The committed checkpoint that the coordinator has, unless a newer one lies here already."""
+        if task.resume is None:
+            return
+        steps = [int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        if max(steps, default=-1) >= task.resume.step:
+            return
+        arriving = checkpoints / f".arriving-{task.fence}-{task.rank}"
+        shutil.rmtree(arriving, ignore_errors=True)
+        try:
+            await self._cache.materialise(task.resume.manifest, arriving, self._fetch)
+        except HiveError as error:  # a peer may still have a newer state, and if not the job begins again
+            log.warning("checkpoint not fetched", job=task.job_id, step=task.resume.step, reason=error.message)
+            shutil.rmtree(arriving, ignore_errors=True)
+            return
+        arriving.rename(checkpoints / f"step-{task.resume.step:08d}")
+
+    def newest_checkpoint(self, job_id: JobId) -> tuple[int, Path] | None:
+        found = [
+            (int(path.name.removeprefix("step-")), path)
+            for path in self.checkpoint_dir(job_id).glob("step-*")
+            if path.name[5:].isdigit()
+        ]
+        return max(found, default=None)
+
+    def close_attempt(self, task: Task, suffix: str = "") -> None:
+        """The attempt's own files go; the job's checkpoints stay for the next group."""
+        folder = self._attempt_dir(task, suffix)
+        self._cache.unpin(str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def close_job(self, job_id: JobId) -> None:
+        shutil.rmtree(self._root / job_id, ignore_errors=True)
+
+    def sweep(self, busy: frozenset[JobId]) -> None:
+        """Jobs that nobody asked about for days."""
+        for folder in self._root.iterdir():
+            if folder.name not in busy and time.time() - folder.stat().st_mtime > _KEEP_IDLE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _single(manifest: Manifest | None, folder: Path | None, source: str) -> Path | None:
+    """The file itself where the job names a file, the folder where it names a folder."""
+    if manifest is None or folder is None:
+        return None
+    only = manifest.files[0].path if len(manifest.files) == 1 else None
+    return folder / only if only is not None and Path(source).name == only else folder

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from coordinator.planner import placeable_when_idle, plan, replan
+from protos import documents
+from protos.capacity import Capacity, FamilyRate, TrustedNetwork
+from protos.errors import ErrorCode, NoPlacement
+from protos.ids import NodeId
+from protos.jobspec import JobSpec, StrategyName, parse
+from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
+from protos.plan import ClusterView, DataProfile, NodeView, Plan
+from protos.states import Activity, Eligibility, NodeLink
+from qtable.policy import Ledger
+from qtable.prior import load_prior
+from qtable.state import StateKey
+from qtable.table import QTable
+
+GIB = 1024**3
+DATA = DataProfile("", 64_000, 10**6)
+
+
+def node(name: str, gflops: float = 10.0, lan: bool = True, activity: Activity = Activity.IDLE) -> NodeView:
+    networks = (TrustedNetwork("192.168.1.0/24", "eth0", ""),) if lan else ()
+    capacity = Capacity(
+        hostname=name, machine_id=name, platform="", python="", cores=4.0, cores_total=4, memory_bytes=8 * GIB,
+        memory_total_bytes=8 * GIB, disk_free_bytes=0, families={"matmul": FamilyRate(gflops * 1e9, 0.001)},
+        networks=networks, rtt_s=0.0005, bandwidth_bytes_per_s=117e6,
+    )  # fmt: skip
+    return NodeView(NodeId(name), name, capacity, NodeLink.CONNECTED, Eligibility.OK, activity)
+
+
+def model(parameters: int = 1_000_000, flops: float = 1e9) -> ModelProfile:
+    layer = LayerProfile("layer", "Linear", parameters, flops, 1e5, 4e3, (10,))
+    return ModelProfile(
+        "pytorch", "source", Family.MLP, "", parameters, 4 * parameters, True, ("float32",), (64,), Complexity.MEDIUM,
+        (layer,), Requirements(1, GIB, 0, 1, "layers"), 1.0,
+    )  # fmt: skip
+
+
+def job(**parts: Any) -> JobSpec:
+    return parse({"model": {"source": "m.py:f"}, "data": {"source": "d"}, "train": {"batch_size": 64}, **parts})
+
+
+def decide(
+    *nodes: NodeView, profile: ModelProfile | None = None, table: QTable | None = None, ledger: Ledger | None = None,
+    seed: int = 0, **parts: Any,
+) -> Plan:  # fmt: skip
+    rng = random.Random(seed)
+    known = table or load_prior().table()
+    return plan(job(**parts), profile or model(), DATA, ClusterView(nodes), known, rng, ledger or Ledger())
+
+
+def test_all_five_strategies_are_listed_with_predictions_or_reasons() -> None:
+    made = decide(node("a"), node("b"))
+    by_name = {candidate.strategy: candidate for candidate in made.candidates}
+    assert list(by_name) == [name.value for name in StrategyName]
+    for name in ("data_parallel", "single_node"):
+        assert by_name[name].feasible
+        assert by_name[name].seconds
+    for name in ("model_parallel", "pipeline_parallel", "federated"):
+        assert (by_name[name].feasible, by_name[name].reasons) == (False, ("not built yet",))
+    assert by_name["single_node"].bytes == 0.0
+    assert by_name["data_parallel"].bytes == pytest.approx(1000 * 2 * 4e6)
+
+
+def test_heavy_compute_goes_to_all_nodes_and_heavy_gradients_to_one() -> None:
+    nodes = (node("gaming-pc"), node("laptop"))
+    assert decide(*nodes, profile=model(10_000, 1e10)).strategy == "data_parallel"
+    made = decide(*nodes, profile=model(50_000_000, 1e7))
+    assert made.strategy == "single_node"
+    assert made.reason.startswith("single_node on gaming-pc: predicted ")
+    assert "data_parallel " in made.reason
+    assert "(sync " in made.reason
+    assert made.reason.endswith("the shortest prediction")
+
+
+def test_the_plan_says_how_the_ranks_meet_and_is_a_document() -> None:
+    made = decide(node("a"), node("b"), strategy="data_parallel")
+    coordination = made.coordination_plan
+    assert (coordination.network, coordination.retries) == ("192.168.1.0/24", 3)
+    assert coordination.rendezvous == "store over the session stream"
+    assert coordination.deadline_s >= 120
+    assert made.steps == 1000
+    assert made.parameters == 1_000_000
+    assert documents.decode(Plan, documents.encode(made)) == made
+    assert decide(node("a")).coordination_plan.network == ""
+
+
+def test_the_state_is_the_cell_of_the_job_and_the_usable_nodes() -> None:
+    assert decide(node("a"), node("b"), node("c")).state == (1, 1, 1, 0)
+    assert decide(node("a"), node("b", activity=Activity.BUSY)).state == (1, 1, 0, 0)
+
+
+def test_a_strategy_the_job_names_is_taken_although_another_is_faster() -> None:
+    made = decide(node("a"), node("b"), profile=model(50_000_000, 1e7), strategy="data_parallel")
+    assert (made.strategy, made.propensity) == ("data_parallel", 1.0)
+    assert made.reason.endswith("as the job file asks")
+
+
+def test_a_strategy_the_job_names_that_cannot_be_is_refused_with_its_reasons_only() -> None:
+    with pytest.raises(NoPlacement) as refused:
+        decide(node("a", lan=False), node("b", lan=False), strategy="data_parallel")
+    assert refused.value.code is ErrorCode.NO_PLACEMENT
+    assert refused.value.exit_code == 7
+    assert "--trusted-lan" in refused.value.message
+    assert "--trusted-lan" in refused.value.hint
+    assert "single_node:" not in refused.value.message
+
+
+def test_without_nodes_every_strategy_says_why_and_the_hint_says_how_to_get_one() -> None:
+    with pytest.raises(NoPlacement) as refused:
+        decide()
+    assert "single_node: no usable node has joined." in refused.value.message
+    assert "data_parallel: needs 2 usable nodes, there are none." in refused.value.message
+    assert "model_parallel, pipeline_parallel, federated: not built yet." in refused.value.message
+    assert "hive-node" in refused.value.hint
+
+
+def test_busy_nodes_are_worth_waiting_for_and_unfitting_ones_are_not() -> None:
+    busy = ClusterView((node("a", activity=Activity.BUSY),))
+    with pytest.raises(NoPlacement, match="a is BUSY"):
+        plan(job(), model(), DATA, busy, load_prior().table(), random.Random(0), Ledger())
+    assert placeable_when_idle(job(), model(), DATA, busy)
+    assert not placeable_when_idle(job(), model(parameters=10**10), DATA, busy)
+    assert not placeable_when_idle(job(strategy="data_parallel"), model(), DATA, busy)
+    assert not placeable_when_idle(job(), model(), DATA, ClusterView((node("a", activity=Activity.PAUSED),)))
+
+
+def test_near_equal_strategies_are_tried_with_the_propensity_the_plan_states() -> None:
+    nodes, rich = (node("a"), node("b")), Ledger(job_s=1e9)
+    even, plain = model(42_000_000, 1e8), {"compression": "none"}
+    seen = {decide(*nodes, profile=even, ledger=rich, seed=seed, sync=plain).strategy: seed for seed in range(200)}
+    ratio = [c.seconds for c in decide(*nodes, profile=even, sync=plain).candidates if c.seconds]
+    assert 1 / 1.1 < ratio[0] / ratio[1] < 1.1, "the scene needs two near-equal predictions"
+    assert set(seen) == {"data_parallel", "single_node"}
+    greedy = decide(*nodes, profile=even, sync=plain).strategy
+    for strategy, seed in seen.items():
+        made = decide(*nodes, profile=even, ledger=rich, seed=seed, sync=plain)
+        assert made.propensity == pytest.approx(0.95 if strategy == greedy else 0.05)
+
+
+def test_learned_corrections_are_shown_and_decide() -> None:
+    table = load_prior().table()
+    before = decide(node("a"), node("b"), profile=model(10_000, 1e10))
+    for _ in range(5):
+        table.learn(StateKey(*before.state), "data_parallel", -1.5)
+    after = decide(node("a"), node("b"), profile=model(10_000, 1e10), table=table)
+    assert (before.strategy, after.strategy) == ("data_parallel", "single_node")
+    shown = next(candidate for candidate in after.candidates if candidate.strategy == "data_parallel")
+    assert (shown.visits, shown.feasible) == (5, True)
+    assert shown.residual < -1.0
+    assert "earlier jobs like this one" in after.reason
+
+
+def again(previous: str, *nodes: NodeView, holders: tuple[str, ...] = (), **parts: Any) -> Plan:
+    kept = tuple(NodeId(name) for name in holders)
+    return replan(previous, job(**parts), model(), DATA, ClusterView(nodes), load_prior().table(), holders=kept)
+
+
+def test_an_interrupted_job_keeps_its_strategy_while_it_fits_and_shrinks_to_one_node() -> None:
+    three = again("data_parallel", node("a"), node("b"), node("c"))
+    assert three.strategy == "data_parallel"
+    one = again("data_parallel", node("b"), strategy="data_parallel")
+    assert (one.strategy, one.subtasks[0].node_id, one.subtasks[0].data_range) == ("single_node", "b", (0, 64))
+    assert "data_parallel is over: needs 2 usable nodes, there is 1" in one.reason
+    assert again("single_node", node("a"), node("b")).strategy == "single_node"
+
+
+def test_an_interrupted_job_goes_on_where_its_newest_state_is() -> None:
+    assert again("single_node", node("fast", 50.0), node("slow"), holders=("slow",)).subtasks[0].node_id == "slow"
+
+
+def test_a_lower_bound_of_nodes_is_kept_when_nodes_are_lost() -> None:
+    with pytest.raises(NoPlacement, match=r"data_parallel: needs 2 usable nodes.*single_node: nodes.min asks for 2"):
+        again("data_parallel", node("a"), nodes={"min": 2})
+
+
+def test_a_decision_over_eight_nodes_takes_less_than_fifty_milliseconds() -> None:
+    nodes = [node(f"n{index}", 5.0 + index) for index in range(8)]
+    decide(*nodes)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        decide(*nodes)
+        times.append(time.perf_counter() - started)
+    assert sorted(times)[3] < 0.05
