@@ -21,7 +21,7 @@ def imported_files(entry: Path, folder: Path) -> list[Path]:
         if file in found:
             continue
         found.append(file)
-        for root in dict.fromkeys((entry.parent, folder)):
+        for root in {entry.parent, folder} & set(file.parents):
             for module in _imports(file, root):
                 todo.extend(_module_files(root, module))
     return found

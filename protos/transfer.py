@@ -20,7 +20,7 @@ import grpc.aio
 
 from protos import dial, limits
 from protos.artifact import check_digest, digest_file
-from protos.errors import TABLE, DeadlineExceeded, ErrorCode, HiveError, SpecError
+from protos.errors import TABLE, DeadlineExceeded, ErrorCode, HiveError, SpecError, Unreachable
 from protos.gen import artifacts_pb2 as pb
 from protos.ids import Digest
 from protos.partial_file import PartialFile
@@ -48,8 +48,7 @@ class _Patience:
         if at_bytes > self._furthest:
             self._furthest, self._failures = at_bytes, 0
         self._failures += 1
-        may_pass = TABLE[error.code].retryable or error.code is ErrorCode.CANCELLED  # cancelled by a server that stops
-        if not may_pass or self._failures >= ATTEMPTS:
+        if not TABLE[error.code].retryable or self._failures >= ATTEMPTS:
             raise error
         delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (self._failures - 1))
         await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
@@ -201,4 +200,12 @@ def _silent() -> DeadlineExceeded:
 
 
 def _error(error: grpc.RpcError) -> HiveError:
-    return dial.error_from(error, "its session port")
+    """What the coordinator said; a stream that broke, which grpc may call an error of its own, is Unreachable."""
+    trailing: Any = error.trailing_metadata() if isinstance(error, grpc.aio.AioRpcError) else None
+    said = any(key == dial.ERROR_KEY for key, _ in trailing or ())
+    meant = dial.error_from(error, "its session port")
+    if not said and meant.code in (ErrorCode.UNEXPECTED, ErrorCode.CANCELLED):
+        return Unreachable(
+            "the connection to the coordinator broke during a transfer", "try again: it goes on from there"
+        )
+    return meant

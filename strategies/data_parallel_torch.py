@@ -1,7 +1,6 @@
 """Gradient averaging over the ranks of a group: equal to the gradient of the whole batch on one machine.
 
-Each rank's loss is already divided by the size of the whole global batch, so gradients are summed, whatever the slices;
-a rank with an empty slice sends zeros. Gradients live in flat buckets that are reduced while the backward pass of
+Each rank divides its loss by the size of the whole global batch, so gradients are summed, whatever the slices; a rank with an empty slice sends zeros. Gradients live in flat buckets that are reduced while the backward pass of
 earlier layers still runs, in one order on all ranks. A small tail travels with them: loss, items, which parameters got
 a gradient (one without stays untouched by weight decay, as on one machine), and the running statistics of batch norms.
 
@@ -23,6 +22,7 @@ from strategies.codecs_torch import Codec, Plain
 from strategies.faults_torch import PeerLost
 from strategies.group_torch import Group, Pending
 from strategies.optimizer_torch import named_trainable
+from strategies.single_node_torch import Scales
 
 FIRST_BUCKET_BYTES = 1024 * 1024  # the first to be ready is small, so that sending starts early
 BUCKET_BYTES = 16 * 1024 * 1024
@@ -62,6 +62,7 @@ class GradientSync:
         self._tail_pending: Pending | None = None
         self._tail_wire = self._tail
         self._bucket_of = {index: bucket for bucket in self._buckets for index, _, _ in bucket.parameters}
+        self._scales = Scales()
         self._next = 0
         self._armed = False
         self._failure: Exception | None = None
@@ -86,10 +87,11 @@ class GradientSync:
             for _, parameter, view in bucket.parameters:
                 parameter.grad = view
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        self._loss_parts.append(loss.detach())
+    def backward(self, loss: Tensor, items: int, last: bool) -> None:
+        scale = self._scales.of(loss, items)
+        self._loss_parts.append(loss.detach() * scale)
         self._armed = last
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss, scale)
 
     def finish(self) -> Tensor:
         if self._failure is None:

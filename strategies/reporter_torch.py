@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ class Convergence:
         self._losses.append(loss)
         if len(self._losses) < 2 * HALF_WINDOW:
             return None
-        window = list(self._losses)
-        older, newer = sum(window[:HALF_WINDOW]), sum(window[HALF_WINDOW:])
+        older, newer = sum(islice(self._losses, HALF_WINDOW)), sum(islice(self._losses, HALF_WINDOW, None))
         return (older - newer) / (abs(older) * HALF_WINDOW) if older else 0.0
 
 
@@ -97,7 +97,7 @@ class Reporter:
         now = time.perf_counter()
         elapsed_s = max(now - self._reported_at - self._excluded_s, 1e-9)
         rate = (records[-1].samples - self._reported_samples) / elapsed_s
-        losses = torch.stack([record.loss.reshape(()) for record in records]).tolist()
+        losses = torch.stack([record.loss for record in records]).tolist()
         self._reported_at, self._reported_samples, self._excluded_s = now, records[-1].samples, 0.0
         bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
         if bad:

@@ -19,8 +19,8 @@ class Sync(Protocol):
     def begin(self, share: float) -> None:
         """`share` is this rank's real items over the nominal items of the whole global batch."""
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """`loss` is this piece's sum divided by the nominal number of items of the whole global batch."""
+    def backward(self, loss: Tensor, items: int, last: bool) -> None:
+        """`loss` is this piece's sum; `items` the nominal number of items of the whole global batch."""
 
     def finish(self) -> Tensor:
         """The mean loss over the global batch; it may still be on a device."""
@@ -33,28 +33,45 @@ class LocalSync:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._loss = torch.zeros(())
+        self._scales = Scales()
+        self._loss: Tensor | None = None
         self._share = 1.0
 
     def begin(self, share: float) -> None:
         self._share = share
         self._optimizer.zero_grad(set_to_none=True)
-        self._loss = torch.zeros(())
+        self._loss = None
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        torch.autograd.backward(loss)
-        value = loss.detach()
-        self._loss = value if self._loss.device != value.device else self._loss + value
+    def backward(self, loss: Tensor, items: int, last: bool) -> None:
+        scale = self._scales.of(loss, items)
+        torch.autograd.backward(loss, scale)
+        value = loss.detach() * scale
+        self._loss = value if self._loss is None else self._loss + value
 
     def finish(self) -> Tensor:
-        share = self._share
+        share, loss = self._share, self._loss
+        assert loss is not None
         if abs(share - 1.0) > 1e-6 and share > 0:  # ignored targets: the mean is over fewer items than nominal
             for group in self._optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad.div_(share)
-            self._loss = self._loss / share
-        return self._loss
+            loss = loss / share
+        return loss
 
     def undo(self) -> None:
         return None
+
+
+class Scales:
+    """1/items as a tensor, made once: given to `backward` it costs less than a division in the graph."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def of(self, loss: Tensor, items: int) -> Tensor:
+        key = (items, loss.dtype)
+        scale = self._known.get(key)
+        if scale is None:
+            scale = self._known[key] = torch.full((), 1.0 / items, dtype=loss.dtype, device=loss.device)
+        return scale

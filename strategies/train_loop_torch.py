@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,9 +184,9 @@ def gradients(run: Run, batch: StepBatch) -> Tensor:
     last = len(batch.micro_batches) - 1
     for number, piece in enumerate(batch.micro_batches):
         output = forward(run, piece)
-        loss = run.loss(output, piece.target) / batch.nominal_items
+        loss = run.loss(output, piece.target)
         try:
-            run.sync.backward(loss, last=number == last)
+            run.sync.backward(loss, batch.nominal_items, last=number == last)
         except RuntimeError as error:
             if is_memory(error):
                 raise
@@ -196,14 +195,17 @@ def gradients(run: Run, batch: StepBatch) -> Tensor:
 
 
 def forward(run: Run, piece: MicroBatch) -> Any:
-    half = run.spec.train.precision == "bf16"
-    with torch.autocast(run.device.type, dtype=torch.bfloat16) if half else nullcontext():
-        try:
-            if isinstance(piece.features, dict):
-                return run.model(**piece.features)
-            return run.model(piece.features)
-        except Exception as error:
-            raise UserCodeError("in the model's forward pass") from error
+    try:
+        if run.spec.train.precision == "bf16":
+            with torch.autocast(run.device.type, dtype=torch.bfloat16):
+                return call(run.model, piece)
+        return call(run.model, piece)
+    except Exception as error:
+        raise UserCodeError("in the model's forward pass") from error
+
+
+def call(model: nn.Module, piece: MicroBatch) -> Any:
+    return model(**piece.features) if isinstance(piece.features, dict) else model(piece.features)
 
 
 def seed_step(run: Run) -> None:

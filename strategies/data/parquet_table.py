@@ -34,6 +34,8 @@ class ParquetFile:
         self._features = self.fields.features
         metadata = self._file.metadata
         counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        if min(counts, default=0) < 0:
+            raise unusable(f"{where}: not a readable parquet file: a row group of {min(counts)} rows", "write it again")
         self.starts = np.cumsum([0, *counts], dtype=np.int64)
         lists = [name for name in self._features if _is_list(schema.field(name).type)]
         for name in self._features:
@@ -94,7 +96,10 @@ class ParquetFile:
             ) from None
 
     def _read(self, number: int, columns: list[str]) -> Any:
-        return self._file.read_row_group(number, columns=columns)
+        table = self._file.read_row_group(number, columns=columns)
+        if table.num_rows != self.starts[number + 1] - self.starts[number]:
+            raise ValueError(f"it holds {table.num_rows} rows, which is not what the file says")
+        return table
 
     def read(self, chunk: int) -> Chunk:
         wanted = dict.fromkeys([*self._features, *([self.fields.target] if self.fields.target is not None else [])])
