@@ -173,7 +173,7 @@ class Client:
     ) -> dict[str, Any]:
         """The job's document once it has ended; on the way `on_event` sees each of its events once."""
         patience = patience or Patience()
-        document = await self.show(job_id)
+        document = await _patiently(lambda: self.show(job_id), patience)
         if document["job"]["state"] not in TERMINAL_JOB_STATES or after_seq == 0:
             async for event in self.events(job_id, after_seq, patience=patience):
                 on_event(event)
@@ -242,6 +242,8 @@ async def _patiently(ask: Callable[[], Awaitable[dict[str, Any]]], patience: Pat
         except HiveError as error:
             if not TABLE[error.code].retryable or patience.clock() - since > patience.seconds:
                 raise
+            if tries == 1:
+                patience.on_outage(error)
         await patience.pause(delay_s(tries, patience.rng))
         tries += 1
 

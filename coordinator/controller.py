@@ -78,6 +78,12 @@ class Controller:
         self.state, self._records, self._members = found.state, found.records, found.members
         self._attempts = found.attempts
         self._orders = found.orders
+        for node in self.state.nodes.values():
+            member = self._members[node.node_id]
+            if member.link is not node.link:  # nobody is connected to a coordinator that just started
+                seen = replace(member, link=node.link, reason=node.reason)
+                await self._store.commit(PutMember(seen, member.version))
+                self._members[node.node_id] = replace(seen, version=member.version + 1)
         for job in self.state.jobs.values():
             if job.state is JobState.PLANNING:
                 self._perform(e.Identify(job.job_id))
@@ -141,7 +147,7 @@ class Controller:
         """Write down what a node has, when that changed."""
         async with self._lock:
             document = documents.encode(capacity)
-            known = self._members.get(node_id) or await self._store.member(node_id)
+            known = await self._store.member(node_id)  # enrolment writes members too
             if known is not None and known.capacity_json == document:
                 self._members[node_id] = known
                 return

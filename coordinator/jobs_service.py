@@ -35,6 +35,7 @@ from protos.states import TERMINAL_JOB_STATES, Activity, JobState, Reason
 from protos.token import Role
 
 _LOCATE_S = 10.0
+_LAN_TOKEN_S = 3600.0
 _EVENT_PAGE = 500
 _EVENT_WAIT_S = 30.0
 
@@ -59,8 +60,18 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def Nodes(self, request: jobs_pb2.NodesRequest, context: Any) -> jobs_pb2.Document:
         content: dict[str, Any] = {"nodes": [self._node(NodeId(node_id)) for node_id in self.controller.state.nodes]}
         if request.lan:
-            content["lan"] = list(self.lan())
+            content["lan"] = await self._lan(caller(context).role)
         return _answer(**content)
+
+    async def _lan(self, role: Role) -> list[dict[str, Any]]:
+        """Machines seen by zeroconf; an administrator gets the whole command for those that have not joined."""
+        seen = list(self.lan())
+        apart = [machine for machine in seen if not machine["joined"]]
+        if apart and role is Role.ADMIN:
+            _, secret = await self.tokens.create(Role.NODE, len(apart), _LAN_TOKEN_S)
+            command = self.join_command(self.token_text(secret), Role.NODE)
+            return [{**machine, "join": "" if machine["joined"] else command} for machine in seen]
+        return seen
 
     def _node(self, node_id: NodeId) -> dict[str, Any]:
         state = self.controller.state

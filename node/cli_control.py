@@ -52,12 +52,11 @@ def shown(answer: dict[str, Any]) -> str:
 
 def _flat(answer: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested objects as dotted names; the outermost name of a document with one object is left out."""
+    answer = {key: value for key, value in answer.items() if key != "schema"}
     if not prefix and len(answer) == 1 and isinstance(only := next(iter(answer.values())), dict):
         answer = only
     found: list[tuple[str, Any]] = []
     for key, value in answer.items():
-        if key == "schema":
-            continue
         if isinstance(value, dict) and value:
             found += _flat(value, f"{prefix}{key}.")
         else:

@@ -36,7 +36,7 @@ from protos import documents, enrol, version
 from protos.announcement import NodeAnnouncement
 from protos.artifact import Manifest
 from protos.capacity import Capacity
-from protos.errors import HiveError
+from protos.errors import AccessError, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import Fence, JobId
@@ -70,7 +70,7 @@ class Daemon:
         self._measuring = "starting"
         self._spool = Spool(folder / "spool")
         self._session = Session(identity.current, self._hello, self._handle, self._beat, self._connected, self._spool)
-        self._transfers = Transfers(identity.current, config.caps.max_upload_bytes_per_s)
+        self._transfers = Transfers(identity.held, config.caps.max_upload_bytes_per_s)
         self._cache = BlobCache(folder / "cache")
         self._workspaces = Workspaces(folder / "jobs", self._cache, self._transfers.fetch)
         self._errands = Errands(runner, self._workspaces, config.name)
@@ -101,16 +101,15 @@ class Daemon:
         return daemon
 
     async def run(self) -> None:
-        credential = await self._identity.current()
-        self._node_id = credential.id
-        log.info("member", node_id=credential.id, coordinator=credential.session_address)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         async with contextlib.AsyncExitStack() as stack:
             if self._config.advertise:
-                self._advertiser = Advertiser(f"hive-{credential.id}", self._announcement())
+                self._advertiser = Advertiser(f"hive-{self._spool.spool_id}", self._announcement())
                 await stack.enter_async_context(self._advertiser)
+            if not await self._join():
+                return
             try:
                 async with asyncio.TaskGroup() as tasks:
                     self._tasks = tasks
@@ -130,6 +129,32 @@ class Daemon:
                 self._spool.close()
         if self._for_good:
             (self._config.home / "node" / "credential.json").unlink(missing_ok=True)
+
+    async def _join(self) -> bool:
+        """False when the owner stopped it first. Without a token it shows itself on the LAN and waits for its owner."""
+        joining = asyncio.create_task(self._identity.current())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([joining, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not joining.done():
+                return False
+            try:
+                credential = await joining
+            except AccessError as error:
+                if self._config.token or self._advertiser is None:
+                    raise
+                self._measuring = "not joined yet"
+                log.warning("not joined", reason=error.message, hint=f"{error.hint}; hive nodes --lan there lists us")
+                await stopped
+                return False
+        finally:
+            joining.cancel()
+            stopped.cancel()
+        self._node_id = credential.id
+        if self._advertiser is not None:
+            await self._advertiser.update(self._announcement())
+        log.info("member", node_id=credential.id, coordinator=credential.session_address)
+        return True
 
     async def _until_stopped(self, session: asyncio.Task[None]) -> None:
         stopped = asyncio.create_task(self._stop.wait())

@@ -136,6 +136,8 @@ class Session:
                 raise _Ended
         except* _Ended:
             pass
+        except* grpc.aio.AioRpcError as failures:
+            raise _first(failures) from None
         await self._raise_status(stream)
 
     async def _raise_status(self, stream: Any) -> None:
@@ -178,6 +180,11 @@ class Session:
             if time.monotonic() - self._heard_s > 2 * (self._welcome.lease_ttl_s or 5.0):
                 stream.cancel()
                 raise _Ended
+
+
+def _first(failures: BaseExceptionGroup[grpc.aio.AioRpcError]) -> grpc.aio.AioRpcError:
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 class _Ended(Exception):

@@ -22,6 +22,7 @@ from protos.ids import Digest
 _BURST_S = 0.5
 _PROBE_BYTES = 1024 * 1024
 _PROBES = 3
+_OLD_CHANNEL_S = 600.0
 
 
 class UploadLimit:
@@ -41,17 +42,22 @@ class Transfers:
         self._credential = credential
         self._limiter = UploadLimit(max_upload_bytes_per_s) if max_upload_bytes_per_s else None
         self._open: tuple[Credential, Any] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def _channel(self) -> tuple[Credential, Any]:
         credential = await self._credential()
         if self._open is None or self._open[0] != credential:
-            await self.close()
+            if self._open is not None:  # transfers under way end on the old channel
+                self._closing.add(closing := asyncio.create_task(self._open[1].close(grace=_OLD_CHANNEL_S)))
+                closing.add_done_callback(self._closing.discard)
             self._open = (credential, dial.channel(credential.session_address, credential))
         return self._open
 
     async def close(self) -> None:
+        for closing in self._closing:
+            closing.cancel()
         if self._open is not None:
-            await self._open[1].close()
+            await self._open[1].close(grace=None)
             self._open = None
 
     async def fetch(self, digest: Digest, destination: Path, n_bytes: int) -> None:

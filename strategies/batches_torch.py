@@ -102,6 +102,10 @@ class BatchSource:
             self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         return batch
 
+    @property
+    def reads_ahead(self) -> bool:
+        return self._reader is not None
+
     def close(self) -> None:
         if self._reader is not None:
             self._reader.shutdown(wait=False, cancel_futures=True)

@@ -192,6 +192,11 @@ def problem_with(folder: Path, digest: str) -> str:
     return ""
 
 
+def samples_of(folder: Path) -> int:
+    """Committed samples of a checkpoint that `newest` found."""
+    return int(json.loads((folder / STATE_FILE).read_text())["samples"])
+
+
 def load(folder: Path) -> TrainingState:
     """A checkpoint that `newest` found."""
     document = json.loads((folder / STATE_FILE).read_text())

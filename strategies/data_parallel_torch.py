@@ -1,8 +1,9 @@
 """Gradient averaging over the ranks of a group: equal to the gradient of the whole batch on one machine.
 
-Each rank divides its loss by the size of the whole global batch, so gradients are summed, whatever the slices; a rank with an empty slice sends zeros. Gradients live in flat buckets that are reduced while the backward pass of
-earlier layers still runs, in one order on all ranks. A small tail travels with them: loss, items, which parameters got
-a gradient (one without stays untouched by weight decay, as on one machine), and the running statistics of batch norms.
+Each rank divides its loss by the size of the whole global batch, so gradients are summed, whatever the slices; a rank
+with an empty slice sends zeros. Gradients live in flat buckets that are reduced while the backward pass of earlier
+layers still runs, in one order on all ranks. A small tail travels with them: loss, items, which parameters got a
+gradient (one without stays untouched by weight decay, as on one machine), and the running statistics of batch norms.
 
 torch's DistributedDataParallel is not used: it averages evenly, needs a dummy row on a rank without any, and can abort
 the process when a peer dies.

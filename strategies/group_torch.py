@@ -62,7 +62,7 @@ class Group:
     sync_s: float = 0.0
     broken: threading.Event = field(default_factory=threading.Event)
     _sockets: frozenset[tuple[int, int]] | None = None
-    _before: frozenset[tuple[int, int]] = frozenset()
+    _before: frozenset[tuple[int, int]] | None = None  # None: not being made yet
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """In place, blocking."""
@@ -145,7 +145,9 @@ class Group:
     def break_group(self) -> None:
         """Makes every collective of this group fail now, from any thread, also while the group is being made."""
         self.broken.set()
-        sockets = self._sockets if self._sockets is not None else _tcp_sockets() - self._before
+        sockets = self._sockets
+        if sockets is None:
+            sockets = _tcp_sockets() - self._before if self._before is not None else frozenset()
         for descriptor, inode in sockets:
             with suppress(OSError):
                 if os.fstat(descriptor).st_ino == inode:
@@ -200,7 +202,7 @@ def connect(context: TaskContext, group: Group) -> Group:
         return group
     store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
-    group._before = _tcp_sockets()
+    before = group._before = _tcp_sockets()
     timeout = timedelta(seconds=task.collective_timeout_s)
     try:
         devices = _devices(context, prefixed)
@@ -218,7 +220,7 @@ def connect(context: TaskContext, group: Group) -> Group:
         group.barrier()
     except (RuntimeError, DeadlineExceeded) as error:
         raise group.lost(error) from error
-    group._sockets = _tcp_sockets() - group._before
+    group._sockets = _tcp_sockets() - before
     if group.broken.is_set():
         group.break_group()
     return group

@@ -85,8 +85,8 @@ def train(context: TaskContext) -> Outcome:
     context.channel.on_stop(stop)
     try:
         run = prepare(context, group)
-    except PeerLost as error:
-        raise _really(error, context, stopping) from error
+    except (PeerLost, Stopped) as error:
+        return held_before(context, _really(error, context, stopping))
     started = time.perf_counter()
     try:
         loop(run)
@@ -271,6 +271,14 @@ def hold(run: Run, error: PeerLost | Stopped, used: Usage) -> Outcome:
             held = run.step
     fault = fault_of(error, run.context.workspace.code_dir)
     return Outcome(AttemptState.FAILED, run.step, run.samples, metrics_of(run), usage=used, fault=fault, held_step=held)
+
+
+def held_before(context: TaskContext, error: PeerLost | Stopped) -> Outcome:
+    """The group never formed: what earlier attempts left on this node's disk is still what it holds."""
+    found = checkpoint_torch.newest(context.workspace.checkpoint_dir, checkpoint_torch.spec_digest(context.task.spec))
+    fault = fault_of(error, context.workspace.code_dir)
+    samples = checkpoint_torch.samples_of(found.folder) if found.folder is not None else 0
+    return Outcome(AttemptState.FAILED, found.step, samples, fault=fault, held_step=found.step or None)
 
 
 def finish(run: Run, used: Usage) -> Outcome:

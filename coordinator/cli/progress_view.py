@@ -54,7 +54,7 @@ def _announced(progress: JobProgress) -> str:
     """queued: waiting for nodes"""
     if progress.state in _QUIET_STATES:
         return ""
-    why = progress.message or progress.reason.replace("_", " ")
+    why = progress.message or ("" if progress.reason == "none" else progress.reason.replace("_", " "))
     return f"{progress.state.lower()}: {why}" if why else progress.state.lower()
 
 

@@ -119,7 +119,7 @@ def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> s
     ]  # fmt: skip
     lines += ["", table(["RANK", "SUBTASK", "NODE", "SAMPLES OF A BATCH", "LAYERS", "MICRO-BATCHES", "SYNC"], subtasks)]
     coordination = row.get("coordination_plan") or {}
-    if coordination:
+    if coordination.get("rendezvous"):  # one rank has no group
         lines += [
             "",
             f"group     {coordination.get('rendezvous')}; deadline {human_seconds(coordination.get('deadline_s'))}, "

@@ -132,10 +132,9 @@ async def _train(home: Path, job_file: Path, folder: Path) -> tuple[dict[str, An
         job_id = (await client.submit(prepared))["job"]["id"]
         say(f"submitted {job_file} as {job_id}")
         document = await ending.wait_with_progress(client, job_id)
-        job = document["job"]
-        await client.fetch(job.get("artifacts") or [], folder / "model")
-        await client.fetch(job.get("code") or [], folder / "model" / CODE_FOLDER)
-    return document, load_lines(folder / "model", job.get("model"))
+        await client.fetch(document["job"].get("artifacts") or [], folder / "model")
+    shutil.copytree(job_file.parent, folder / "model" / CODE_FOLDER)
+    return document, load_lines(folder / "model", prepared.spec.model.model_dump())
 
 
 def _told(job: dict[str, Any], folder: Path, lines: list[str], seconds: float, job_file: Path) -> int:

@@ -27,6 +27,10 @@ from strategies.data.rows import Fields, row_bytes
 from strategies.data.target import TargetSummary
 
 CACHE_BYTES = 2 * WINDOW_BLOCKS * BLOCK_BYTES
+# The first batch of a window decodes all of its chunks while the other ranks wait, so text, which decodes at some
+# 10 MB/s, has small windows: a second or two.
+TEXT_BLOCK_BYTES = 1024 * 1024
+TEXT_WINDOW_BLOCKS = 16
 Chunk = tuple[Array, Array | None]  # features as the model gets them, raw target
 
 
@@ -45,6 +49,9 @@ class ChunkFile(Protocol):
     def feature_dtype(self) -> str: ...
     @property
     def target(self) -> TargetSummary | None: ...
+    @property
+    def window_blocks(self) -> int:
+        """At most so many chunks are shuffled together."""
 
     def read(self, chunk: int) -> Chunk: ...
 
@@ -83,7 +90,7 @@ class ChunkRows:
         self.target = file.target
         self.block_rows = max(1, int(np.diff(file.starts).max(initial=1)))
         block_bytes = self.block_rows * row_bytes(self)
-        self.window_blocks = max(1, min(WINDOW_BLOCKS, CACHE_BYTES // 2 // max(1, block_bytes)))
+        self.window_blocks = max(1, min(file.window_blocks, CACHE_BYTES // 2 // max(1, block_bytes)))
         self.keep = file.path.stat().st_size < IN_MEMORY_BYTES
 
     def gather(self, indices: Indices) -> tuple[Features, Array | None]:

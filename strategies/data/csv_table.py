@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from strategies.data.chunks import Chunk, chunk_rows_for
-from strategies.data.dataset import BLOCK_BYTES, Array
+from strategies.data.chunks import TEXT_BLOCK_BYTES, TEXT_WINDOW_BLOCKS, Chunk, chunk_rows_for
+from strategies.data.dataset import Array
 from strategies.data.rows import Fields
 from strategies.data.source import unknown_name, unusable
-from strategies.data.target import TargetScan
+from strategies.data.target import Cells, TargetScan
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
@@ -27,8 +27,9 @@ _BOM = b"\xef\xbb\xbf"
 
 class CsvFile:
     feature_dtype = "float32"
+    window_blocks = TEXT_WINDOW_BLOCKS
 
-    def __init__(self, path: Path, where: str, fields: Fields, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, path: Path, where: str, fields: Fields, block_bytes: int = TEXT_BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
         self.path = path
         self._where = where
@@ -49,6 +50,7 @@ class CsvFile:
             self.feature_shape = (len(features),)
             scan = None if self.fields.target is None else TargetScan(where, self.fields.target)
             self._offsets, starts = self._index(records, scan)
+        self._cells = Cells()
         self.starts = np.asarray(starts, dtype=np.int64)
         self.target = scan.summary() if scan else None
 
@@ -105,21 +107,20 @@ class CsvFile:
         if len(records) != count:
             raise unusable(f"{self._where} changed while it was read", "leave data files alone during a job")
         features = self._numbers(records, int(self.starts[chunk]))
-        if self._target_at is None:
+        if self._target_at is None or self.target is None:
             return features, None
-        target = np.empty(count, dtype=object)
-        target[:] = [record[self._target_at] for record in records]
-        return features, target
+        return features, self._cells.of([record[self._target_at] for record in records], self.target)
 
     def _numbers(self, records: Sequence[list[str]], first_row: int) -> Array:
-        at = self._feature_at
+        out = np.empty((len(records), len(self._feature_at)), dtype=np.float32)
         try:
-            cells = (float(record[column]) for record in records for column in at)
-            flat = np.fromiter(cells, dtype=np.float64, count=len(records) * len(at))
+            columns = list(zip(*records, strict=True))
+            with np.errstate(over="ignore"):
+                for place, column in enumerate(self._feature_at):
+                    out[:, place] = np.fromiter(map(float, columns[column]), dtype=np.float64, count=len(records))
         except (ValueError, IndexError):
             raise self._bad_cell(records, first_row) from None
-        with np.errstate(over="ignore"):
-            return flat.astype(np.float32).reshape(len(records), len(at))
+        return out
 
     def _bad_cell(self, records: Sequence[list[str]], first_row: int) -> Exception:
         for row, record in enumerate(records, first_row + 1):
@@ -173,7 +174,10 @@ class _Records(Iterator[list[str]]):
                 pass  # an empty line
             return record
         except csv.Error as error:
-            raise unusable(f"{self._where}: line {self.line}: {error}", "is a quote missing?") from None
+            what = "a carriage return outside quotes" if "new-line" in str(error) else str(error)
+            raise unusable(
+                f"{self._where}: line {self.line}: {what}", "end lines with a newline, quote fields that hold one"
+            ) from None
         except UnicodeDecodeError as error:
             raise unusable(
                 f"{self._where}: line {self.line + 1} is not UTF-8: {error.reason}", "save the file as UTF-8"

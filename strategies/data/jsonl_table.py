@@ -15,21 +15,24 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from strategies.data.chunks import Chunk, chunk_rows_for
+from strategies.data.chunks import TEXT_BLOCK_BYTES, TEXT_WINDOW_BLOCKS, Chunk, chunk_rows_for
 from strategies.data.csv_table import MAX_LINE_BYTES
-from strategies.data.dataset import BLOCK_BYTES, Array, Shape
+from strategies.data.dataset import Array, Shape
 from strategies.data.rows import Fields
 from strategies.data.source import unknown_name, unusable
-from strategies.data.target import TargetScan
+from strategies.data.target import Cells, TargetScan
 
 _Record = dict[str, Any]
 
 
 class JsonlFile:
-    def __init__(self, path: Path, where: str, fields: Fields, block_bytes: int = BLOCK_BYTES) -> None:
+    window_blocks = TEXT_WINDOW_BLOCKS
+
+    def __init__(self, path: Path, where: str, fields: Fields, block_bytes: int = TEXT_BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
         self.path = path
         self._where = where
+        self._cells = Cells()
         with path.open("rb") as file:
             first = next(self._records(file, 0), None)
             if first is None:
@@ -146,9 +149,7 @@ class JsonlFile:
                 raise unusable(
                     f"{self._where}: row {row}: {self.fields.target!r} mixes text and numbers", "write all labels alike"
                 )
-            cells = np.empty(len(values), dtype=object)
-            cells[:] = values
-            return cells
+            return self._cells.of(values)
         name = self.fields.target or ""
         arrays = [self._array(value, name, row) for row, value in enumerate(values, first_row + 1)]
         if any(array.shape != arrays[0].shape for array in arrays):

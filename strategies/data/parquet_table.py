@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 
 from strategies.data.chunks import Chunk
-from strategies.data.dataset import Array
+from strategies.data.dataset import WINDOW_BLOCKS, Array
 from strategies.data.rows import Fields
 from strategies.data.source import unknown_name, unusable
 from strategies.data.target import TargetScan
 
 
 class ParquetFile:
-    def __init__(self, path: Path, where: str, fields: Fields) -> None:
-        import pyarrow as arrow
-        from pyarrow import parquet
+    window_blocks = WINDOW_BLOCKS
 
+    def __init__(self, path: Path, where: str, fields: Fields) -> None:
+        try:
+            import pyarrow as arrow
+            from pyarrow import parquet
+        except ImportError:
+            raise unusable(
+                f"{where}: parquet needs pyarrow on the node", "install pyarrow there, or use csv or npz"
+            ) from None
         self.path = path
         self._where = where
         self._errors = (arrow.ArrowException, OSError, ValueError)

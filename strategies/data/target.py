@@ -164,6 +164,24 @@ class TargetCoding:
         )
 
 
+class Cells:
+    """Makes arrays of text cells in which equal cells are one object, so that decoded chunks stay small."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def of(self, cells: list[str], summary: TargetSummary | None = None) -> Array:
+        """The cells; as numbers already where the summary says that they are, and too many to be labels."""
+        if summary is not None and summary.labels is None and summary.kind is not TargetKind.TEXT:
+            dtype = np.int64 if summary.kind is TargetKind.INTEGER else np.float64
+            return np.fromiter((_number(cell) for cell in cells), dtype=dtype, count=len(cells))
+        if len(self._known) > MAX_TEXT_LABELS:
+            self._known.clear()
+        out = np.empty(len(cells), dtype=object)
+        out[:] = [self._known.setdefault(cell, cell) for cell in cells]
+        return out
+
+
 def plan_coding(summary: TargetSummary, loss: str, where: str) -> TargetCoding:
     """The coding for a loss: labels for cross_entropy and causal_lm, values for mse, l1 and bce_with_logits."""
     integers = summary.kind is TargetKind.INTEGER
@@ -200,7 +218,9 @@ def needs_target(loss: str) -> bool:
     return loss in _VALUE_LOSSES or loss == "cross_entropy"
 
 
-def _number(cell: str) -> int | float | None:
+def _number(cell: str | float) -> int | float | None:
+    if not isinstance(cell, str):
+        return cell  # a shard may have its numbers decoded already
     try:
         value = int(cell)
         return value if -(2**63) <= value < 2**63 else float(value)

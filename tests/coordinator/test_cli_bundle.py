@@ -89,7 +89,9 @@ def test_imports_beside_the_entry_point_are_followed_and_others_are_not(tmp_path
 
 def test_code_below_the_job_file_keeps_its_folder_and_sees_both(tmp_path: Path) -> None:
     files = {"src/net.py": "import blocks, shared\ndef build(): ...\n", "src/blocks.py": "", "shared.py": ""}
-    folder_of(tmp_path, {**files, "job.yaml": "model: {source: 'src/net.py:build'}\ndata: {source: 'builtin:digits'}\n"})
+    folder_of(
+        tmp_path, {**files, "job.yaml": "model: {source: 'src/net.py:build'}\ndata: {source: 'builtin:digits'}\n"}
+    )
     made = bundle(read_job(tmp_path / "job.yaml"), tmp_path)
     assert paths(made, "code") == ["shared.py", "src/blocks.py", "src/net.py"]
     assert made.data is None

@@ -156,6 +156,9 @@ class Cluster:
         """So many nodes are connected, measured and idle."""
 
         def idle() -> list[dict[str, Any]]:
+            for name, node in self.nodes.items():
+                if node.process is not None and node.process.poll() is not None:
+                    raise AssertionError(f"{name} ended")
             found = [n for n in self.show_nodes() if (n["link"], n["activity"]) == ("CONNECTED", "IDLE")]
             return found if len(found) >= nodes else []
 

@@ -69,7 +69,7 @@ def test_an_unknown_key_in_the_file_names_the_nearest(home: Path) -> None:
 @pytest.mark.parametrize("text", ["cpus = ", "cpus = true\n", 'memory = "lots"\n', "gpus = -1\n", "advertise = 3\n"])
 def test_a_wrong_value_in_the_file_is_a_usage_error_that_names_the_file(home: Path, text: str) -> None:
     (home / "node.toml").write_text(text)
-    with pytest.raises(HiveError, match="node.toml") as caught:
+    with pytest.raises(HiveError, match=r"node\.toml") as caught:
         configuration.load({}, {"HIVE_HOME": str(home)})
     assert caught.value.exit_code == 2
 
@@ -328,5 +328,7 @@ def test_doctor_without_a_daemon_still_checks_the_machine(capsys: pytest.Capture
 
 
 def test_answers_are_shown_flat_with_lists_as_tables() -> None:
-    text = shown({"schema": "hive/v1", "node": {"id": "n", "caps": {"cpus": 1}, "none": None, "jobs": [{"job_id": "j"}]}})
+    text = shown(
+        {"schema": "hive/v1", "node": {"id": "n", "caps": {"cpus": 1}, "none": None, "jobs": [{"job_id": "j"}]}}
+    )
     assert text.splitlines() == ["id: n", "caps.cpus: 1", "none: -", "", "JOB_ID", "j"]

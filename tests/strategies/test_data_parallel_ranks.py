@@ -200,3 +200,17 @@ def test_a_peer_that_never_arrives_ends_the_rendezvous_at_its_deadline(tmp_path:
     outcome = rank.outcome(20)
     assert outcome.fault is not None and outcome.fault.reason is Reason.PEER_LOST
     assert outcome.held_step is None
+
+
+@pytest.mark.slow
+def test_a_group_that_does_not_form_reports_what_the_node_already_holds(tmp_path: Path, cluster: Cluster) -> None:
+    job = mlp_job(tmp_path, steps=400)
+    paused, _ = job.run_here("node0", stop_at_step=1)
+    assert paused.held_step
+    rank = Rank(job, cluster.store.port, "node0", job.task(0, (16, 16), fence=2, deadline_s=60.0), "1")
+    cluster.ranks.append(rank)
+    rank.wait_until(lambda _: cluster.store.check(["fence-2/device/0"]))
+    rank.say("hold")  # ends a rendezvous whose peer never arrives, long before its deadline
+    outcome = rank.outcome(10)
+    assert outcome.held_step == paused.held_step
+    assert outcome.samples == paused.samples

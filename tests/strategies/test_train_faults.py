@@ -1,4 +1,4 @@
-"""How a task that cannot finish says so: the reason, whose fault, what to do, and nothing of the engine's own frames."""
+"""How a task that cannot finish says so: the reason, whose fault, what to do, and none of the engine's frames."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Benchmarks: what hive promises in figures, measured beside its peers. `python bench/first_light.py` runs them."""

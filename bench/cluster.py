@@ -1,0 +1,95 @@
+"""The clusters that benchmarks run on: the processes of tests/e2e, and what a benchmark asks of a job afterwards.
+
+Owns the figures read from a job's own documents (report.json, metrics.jsonl, events): hive is timed by what it reports
+of itself only where a peer is timed by its own clock too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.workloads import Written
+from tests.e2e.cluster import Cluster
+
+NODES = ("n0", "n1")
+MEMORY = "3GiB"
+JOB_DEADLINE_S = 900.0
+PEERS = Path(__file__).resolve().parent / "peers"
+
+
+@contextmanager
+def running(folder: Path, nodes: Sequence[str] = NODES, threads: int = 1) -> Iterator[Cluster]:
+    """A coordinator and nodes on loopback, measured and idle, each granted as many cores as it may use threads."""
+    made = Cluster(folder)
+    try:
+        made.start_coordinator()
+        for name in nodes:
+            made.start_node(name, threads, MEMORY)
+        if nodes:
+            made.wait_ready(len(nodes), 300.0)
+        yield made
+    finally:
+        made.close()
+
+
+def run_job(cluster: Cluster, written: Written) -> dict[str, Any]:
+    """Submit, wait, and return report.json. Raises AssertionError when the job did not succeed."""
+    job_id = cluster.submit(written.job)
+    finished(cluster, job_id)
+    report: dict[str, Any] = json.loads(cluster.artifact(job_id, "report.json").read_text())
+    return report
+
+
+def finished(cluster: Cluster, job_id: str) -> dict[str, Any]:
+    job = cluster.wait(job_id, JOB_DEADLINE_S)
+    if job["state"] != "SUCCEEDED":
+        raise AssertionError(f"{job_id} ended {job['state']}: {job['message']}")
+    return job
+
+
+def loop_samples_per_s(report: dict[str, Any]) -> float:
+    """Samples of the whole job over the seconds that its slowest rank spent in the training loop."""
+    attempts = [attempt for node in report["nodes"].values() for attempt in node["attempts"]]
+    seconds = max(attempt["seconds"] for attempt in attempts)
+    return float(report["job"]["samples"]) / float(seconds)
+
+
+def metrics(cluster: Cluster, job_id: str) -> list[dict[str, Any]]:
+    lines = cluster.artifact(job_id, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def events(cluster: Cluster, job_id: str) -> list[dict[str, Any]]:
+    lines = cluster.hive("events", "--job", job_id, "-o", "json").stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run_peer(command: Sequence[str], threads: int) -> dict[str, Any]:
+    """A peer's script in its own process; the last line it printed. Raises AssertionError when it failed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HIVE_")}
+    environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=JOB_DEADLINE_S, check=False)
+    if done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stderr[-3000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def plain_loop(written: Written, threads: int) -> dict[str, Any]:
+    return run_peer([sys.executable, str(PEERS / "plain_loop.py"), str(written.peer), str(threads)], threads)
+
+
+def torchrun_ddp(written: Written, ranks: int) -> dict[str, Any]:
+    """With `begun`: the Unix time at which torchrun was started."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(ranks), str(PEERS / "torchrun_ddp.py"), str(written.peer), "1"]
+    begun = time.time()
+    return run_peer(command, 1) | {"begun": begun}

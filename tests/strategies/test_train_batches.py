@@ -1,0 +1,71 @@
+"""Micro-batches and reading ahead: the same rows in the same order, however they are cut and whoever reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine_jobs import mlp_job
+from hypothesis import given
+from hypothesis import strategies as some
+
+from strategies.batches_torch import BatchSource, MicroBatch, Slicing, cut
+from strategies.data.dataset import Batch, Dataset
+from strategies.data.opening import open_splits
+from strategies.loss_torch import Loss
+from strategies.reporter_torch import HALF_WINDOW, Convergence
+
+CPU = torch.device("cpu")
+LOSS = Loss("cross_entropy", None)
+
+
+class SlowDataset:
+    """Takes milliseconds of work per batch, as decoding from a disk would."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def batch(self, indices: Any) -> Batch:
+        np.linalg.svd(np.ones((150, 150)))
+        return self._inner.batch(indices)
+
+
+def test_reading_ahead_changes_nothing_but_who_reads(tmp_path: Path) -> None:
+    job = mlp_job(tmp_path, steps=60)
+    data = open_splits(job.spec.data, job.data, None, loss="cross_entropy").train
+    slicing = Slicing(32, (20, 12), 1, 2, 0, True)
+    plain = BatchSource(data, slicing, LOSS, CPU, 60)
+    slow: Any = SlowDataset(data)
+    ahead = BatchSource(slow, slicing, LOSS, CPU, 60)
+    for step in range(60):
+        one, other = plain.next(step), ahead.next(step)
+        assert (one.epoch, one.global_rows, one.nominal_items) == (other.epoch, other.global_rows, other.nominal_items)
+        for left, right in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert torch.equal(left.target, right.target)
+            assert isinstance(left.features, torch.Tensor) and isinstance(right.features, torch.Tensor)
+            assert torch.equal(left.features, right.features)
+    assert ahead.reads_ahead and not plain.reads_ahead
+    ahead.close()
+
+
+@given(rows=some.integers(1, 70), pieces=some.integers(1, 80))
+def test_pieces_partition_the_slice_in_order_and_are_of_nearly_equal_size(rows: int, pieces: int) -> None:
+    target = torch.arange(rows)
+    found = cut(MicroBatch({"x": target}, target, rows, rows), pieces, LOSS)
+    assert torch.equal(torch.cat([piece.target for piece in found]), target)
+    assert len(found) == min(pieces, rows)
+    assert max(piece.rows for piece in found) - min(piece.rows for piece in found) <= 1
+    assert sum(piece.items for piece in found) == rows
+
+
+def test_convergence_is_the_relative_decrease_per_step() -> None:
+    convergence = Convergence()
+    rates = [convergence.add(10.0 - 0.1 * step) for step in range(2 * HALF_WINDOW)]
+    assert rates[:-1] == [None] * (2 * HALF_WINDOW - 1)
+    older = 10.0 - 0.1 * (HALF_WINDOW - 1) / 2
+    assert rates[-1] is not None and abs(rates[-1] - 0.1 / older) < 1e-9
