@@ -25,6 +25,7 @@ from coordinator.artifacts import ArtifactsService
 from coordinator.authority import Authority, open_authority
 from coordinator.beacon import Beacon
 from coordinator.blobs import BlobStore
+from coordinator.cluster import nobody
 from coordinator.config import CoordinatorConfig
 from coordinator.control.state import Timing
 from coordinator.controller import Controller
@@ -118,9 +119,9 @@ async def _start(
     sessions = Sessions()
     learner = Learner(folder / "qtable.json")
     await learner.catch_up(store)
-    placement = Placement(sessions, learner, random.Random())
-    identifier = Identifier(sessions, lambda digest: blobs.path(digest))
     controller: Controller
+    placement = Placement(sessions, learner, random.Random(), lambda: nobody(controller.state.nodes.values()))
+    identifier = Identifier(sessions, lambda digest: blobs.path(digest))
     rendezvous = Rendezvous(lambda job_id, fence: controller.is_current(job_id, fence))
     effects = Effects(store, sessions, rendezvous, identifier, placement, learner, folders, blobs, tasks)
     controller = Controller(store, placement.plan_for, effects.perform, effects.supplement, time.time, Timing())

@@ -1,16 +1,17 @@
 """The shell around the pure control loop: one event at a time, its difference made durable, then its effects.
 
-Invariant: no effect happens and nothing is acknowledged before the transaction that records its cause. A failed commit
-leaves the state as it was; the node that sent the cause sends it again.
+Invariants: no effect happens and nothing is acknowledged before the transaction that records its cause. A failed commit
+leaves the state as it was; the node that sent the cause sends it again. What has begun is carried to its end also when
+its caller is cancelled (a stream that breaks, a client that goes): the store may have made it durable already.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -20,16 +21,18 @@ from coordinator.control.state import AttemptView, JobView, NodeStatus, State, T
 from coordinator.control.step import step
 from coordinator.records import Attempt, Job, Member
 from coordinator.store.protocol import AppendEvent, PutAttempt, PutJob, PutMember, Store, Write
+from coordinator.views import sentence
 from protos import documents
 from protos.capacity import Capacity
 from protos.errors import TABLE, ErrorCode, NotFound
 from protos.ids import Fence, JobId, NodeId
 from protos.plan import Plan
-from protos.states import ACTIVE_JOB_STATES, Eligibility, JobState, NodeLink, Reason
+from protos.states import ACTIVE_JOB_STATES, TERMINAL_JOB_STATES, Eligibility, JobState, NodeLink, Reason
 from protos.work import Checkpoint
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
 EffectHandler = Callable[[e.Effect], None]
 Supplement = Callable[[JobView | None, JobView, Job, Sequence[Attempt]], Awaitable[tuple[Job, Sequence[Write]]]]
 """What belongs into the transaction of a change beside the states: a decision when there is a new plan, the result when
@@ -64,6 +67,7 @@ class Controller:
         self._clock = clock
         self._timing = timing
         self._lock = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
         self._records: dict[JobId, Job] = {}
         self._attempts: dict[tuple[JobId, Fence, int], Attempt] = {}
         self._members: dict[NodeId, Member] = {}
@@ -78,15 +82,37 @@ class Controller:
         self.state, self._records, self._members = found.state, found.records, found.members
         self._attempts = found.attempts
         self._orders = found.orders
-        for node in self.state.nodes.values():
-            member = self._members[node.node_id]
-            if member.link is not node.link:  # nobody is connected to a coordinator that just started
-                seen = replace(member, link=node.link, reason=node.reason)
-                await self._store.commit(PutMember(seen, member.version))
-                self._members[node.node_id] = replace(seen, version=member.version + 1)
+        await self._write_down_recovery()
         for job in self.state.jobs.values():
             if job.state is JobState.PLANNING:
                 self._perform(e.Identify(job.job_id))
+
+    async def _write_down_recovery(self) -> None:
+        """The store refuses to skip a state, so what recovery concluded must be in it before the next step."""
+        changes = _Changes(self._records, self._attempts, self._members, self._supplement, self._clock())
+        for job in list(self.state.jobs.values()):
+            if job.trail:
+                record = self._records[job.job_id]
+                before = replace(job, state=record.state, reason=record.reason, message=record.message, trail=())
+                await changes.job(before, job, None)
+                self.state = self.state.with_job(replace(job, trail=()))
+        for node in self.state.nodes.values():
+            if self._members[node.node_id].link is not node.link:  # nobody is connected to one that just started
+                changes.node(None, node)
+        if changes.writes:
+            await self._store.commit(*changes.writes)
+        changes.keep()
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """One at a time, and whole: when the caller is cancelled the work goes on without it."""
+        task = asyncio.create_task(self._alone(work))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
+        async with self._lock:
+            return await work
 
     def record(self, job_id: JobId) -> Job:
         """The record of an unfinished job. Raises NotFound."""
@@ -114,60 +140,71 @@ class Controller:
         job = self.state.jobs.get(job_id)
         return job is not None and not job.ended and job.fence == fence and bool(job.working)
 
+    def is_given(self, node_id: NodeId, job_id: JobId, fence: Fence, rank: int) -> bool:
+        """Whether this rank of this generation of an unfinished job was offered to this node."""
+        attempt = self._attempts.get((job_id, fence, rank))
+        return attempt is not None and attempt.node_id == node_id
+
+    def takes_part(self, node_id: NodeId, job_id: JobId, fence: Fence) -> bool:
+        """Whether any rank of the current generation is this node's."""
+        job = self.state.jobs.get(job_id)
+        return job is not None and job.fence == fence and any(each.node_id == node_id for each in job.attempts)
+
     def heard(self, node_id: NodeId) -> None:
         """A sign of life: noted without a step, counted at the next tick."""
         self._heard[node_id] = self._clock()
 
     async def submit(self, record: Job) -> None:
         """Make a new job durable, then begin. Returns only when it cannot be lost any more."""
-        async with self._lock:
-            self._orders += 1
-            self._records[record.job_id] = record
-            try:
-                await self._step(e.Submitted(record.job_id, self._orders), (PutJob(record, None),))
-            except BaseException:
-                self._records.pop(record.job_id, None)
-                raise
+        await self._to_its_end(self._submit(record))
+
+    async def _submit(self, record: Job) -> None:
+        self._orders += 1
+        self._records[record.job_id] = record
+        try:
+            await self._step(e.Submitted(record.job_id, self._orders), (PutJob(record, None),))
+        except BaseException:
+            self._records.pop(record.job_id, None)
+            raise
 
     async def post(self, event: e.Event, *writes: Write, change: Extra | None = None) -> str:
         """Apply one event; `writes` and `change` (to the record of the event's job) go into the same transaction."""
-        async with self._lock:
-            if isinstance(event, e.Ticked):
-                self._count_signs_of_life()
-            return await self._step(event, writes, change)
+        return await self._to_its_end(self._post(event, writes, change))
 
-    async def change(self, job_id: JobId, change: Extra, *writes: Write) -> None:
-        """Change what the control loop does not care about in an unfinished job's record."""
-        async with self._lock:
-            record = self.record(job_id)
-            await self._store.commit(*writes, PutJob(change(record), record.version))
-            self._records[job_id] = replace(change(record), version=record.version + 1)
+    async def _post(self, event: e.Event, writes: Sequence[Write], change: Extra | None) -> str:
+        if isinstance(event, e.Ticked):
+            self._count_signs_of_life()
+        return await self._step(event, writes, change)
 
     async def describe_node(self, node_id: NodeId, name: str, capacity: Capacity) -> None:
         """Write down what a node has, when that changed."""
-        async with self._lock:
-            document = documents.encode(capacity)
-            known = await self._store.member(node_id)  # enrolment writes members too
-            if known is not None and known.capacity_json == document:
-                self._members[node_id] = known
-                return
-            made = known or Member(node_id, name, "node", NodeLink.JOINING, Eligibility.OK, self._clock())
-            made = replace(made, name=name, capacity_json=document, left=False)
-            await self._store.commit(PutMember(made, known.version if known else None))
-            self._members[node_id] = replace(made, version=(known.version if known else 0) + 1)
+        await self._to_its_end(self._describe_node(node_id, name, capacity))
+
+    async def _describe_node(self, node_id: NodeId, name: str, capacity: Capacity) -> None:
+        document = documents.encode(capacity)
+        known = self._members.get(node_id) or await self._store.member(node_id)
+        if known is not None and known.capacity_json == document:
+            self._members[node_id] = known
+            return
+        made = known or Member(node_id, name, "node", NodeLink.JOINING, Eligibility.OK, self._clock())
+        made = replace(made, name=name, capacity_json=document, left=False)
+        await self._store.commit(PutMember(made, known.version if known else None))
+        self._members[node_id] = replace(made, version=(known.version if known else 0) + 1)
 
     async def checkpointed(self, job_id: JobId, fence: Fence, checkpoint: Checkpoint, accept: Write) -> None:
-        """A checkpoint has been uploaded: remember the newest, whichever generation made it."""
-        async with self._lock:
-            record = self._records.get(job_id)
-            newest = record and record.checkpoint_json and documents.decode(Checkpoint, record.checkpoint_json).step
-            if record is None or (newest or 0) >= checkpoint.step:
-                await self._store.commit(accept)
-                return
-            changed = replace(record, checkpoint_json=documents.encode(checkpoint))
-            event = AppendEvent("checkpoint", job_id, None, {"step": checkpoint.step, "fence": fence})
-            await self._store.commit(accept, PutJob(changed, record.version), event)
-            self._records[job_id] = replace(changed, version=record.version + 1)
+        """A checkpoint has been uploaded: remember the newest of an unfinished job, whichever generation made it."""
+        await self._to_its_end(self._checkpointed(job_id, fence, checkpoint, accept))
+
+    async def _checkpointed(self, job_id: JobId, fence: Fence, checkpoint: Checkpoint, accept: Write) -> None:
+        record = self._records.get(job_id)
+        newest = record and record.checkpoint_json and documents.decode(Checkpoint, record.checkpoint_json).step
+        if record is None or record.state in TERMINAL_JOB_STATES or (newest or 0) >= checkpoint.step:
+            await self._store.commit(accept)
+            return
+        changed = replace(record, checkpoint_json=documents.encode(checkpoint))
+        event = AppendEvent("checkpoint", job_id, None, {"step": checkpoint.step, "fence": fence})
+        await self._store.commit(accept, PutJob(changed, record.version), event)
+        self._records[job_id] = replace(changed, version=record.version + 1)
 
     def _count_signs_of_life(self) -> None:
         nodes = dict(self.state.nodes)
@@ -183,7 +220,9 @@ class Controller:
         changes = _Changes(self._records, self._attempts, self._members, self._supplement, self._clock())
         for job_id, job in decision.state.jobs.items():
             before = self.state.jobs.get(job_id)
-            mine = change if change is not None and getattr(event, "job_id", None) == job_id else None
+            if before is not None and before.ended:
+                continue  # it waits to be forgotten: nothing changes an end
+            mine = change if getattr(event, "job_id", None) == job_id else None
             if job is not before or mine is not None:
                 await changes.job(before, job, mine)
         for node_id, node in decision.state.nodes.items():
@@ -199,7 +238,10 @@ class Controller:
                 state = state.with_job(replace(job, trail=()))
         self.state = state
         for effect in decision.effects:
-            self._perform(effect)
+            try:
+                self._perform(effect)
+            except Exception:  # its cause is durable: deadlines and reconnects see to it that it is asked again
+                log.exception("an effect failed", effect=type(effect).__name__)
         return decision.reason
 
     def forget(self, job_id: JobId) -> None:
@@ -400,7 +442,7 @@ def _job_payload(record: Job) -> dict[str, object]:
     return {
         "state": record.state.value,
         "reason": record.reason.value,
-        "message": record.message,
+        "message": sentence(record),
         "hint": record.hint,
         "blame": record.blame.value if record.blame else None,
         "exit_code": record.exit_code,

@@ -15,6 +15,7 @@ import structlog
 
 from coordinator import learning
 from coordinator.blobs import BlobStore
+from coordinator.cluster import nobody
 from coordinator.control import events as e
 from coordinator.control.state import JobView
 from coordinator.controller import Controller
@@ -67,6 +68,7 @@ class Effects:
         self._folders = folders
         self._blobs = blobs
         self._tasks = tasks
+        self._tracebacks: dict[JobId, tuple[str, ...]] = {}  # of models that failed to build, until their job's end
 
     def perform(self, effect: e.Effect) -> None:
         match effect:
@@ -97,9 +99,11 @@ class Effects:
         idle = controller.state.idle()
         nodes = (*idle, *(node for node in controller.state.willing() if node not in idle))
         try:
-            found = await self._identifier.identify(submission, job_id, nodes)
+            why = nobody(controller.state.nodes.values())
+            found = await self._identifier.identify(submission, job_id, nodes, why)
         except Refusal as refusal:
             blame = refusal.blame or Blame.USER_CODE
+            self._tracebacks[job_id] = refusal.details
             await controller.post(e.Refused(job_id, refusal.reason, blame, refusal.message, refusal.hint))
         except HiveError as error:
             await controller.post(e.IdentificationDelayed(job_id, error.message))
@@ -128,6 +132,7 @@ class Effects:
 
     async def _finish(self, job_id: JobId) -> None:
         self._placement.forget(job_id)
+        self._tracebacks.pop(job_id, None)
         self.controller.forget(job_id)
         await self._learner.catch_up(self._store)
 
@@ -155,8 +160,9 @@ class Effects:
             metrics = await asyncio.to_thread(self._folders.metrics, after.job_id)
             now_s = record.finished_s or record.updated_s
             progress = self.controller.progress(after.job_id)
+            lines = self._tracebacks.get(after.job_id, ())
             result = await conclude(
-                after, record, attempts, metrics, self.names(), progress, self._blobs.put_bytes, now_s
+                after, record, attempts, metrics, self.names(), progress, self._blobs.put_bytes, now_s, lines
             )
             record = replace(record, result_json=result.document)
             writes += result.writes

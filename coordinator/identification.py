@@ -28,7 +28,7 @@ class Refusal(SpecError):
     """The user's model or data cannot be used, with the reason that a job shows."""
 
     def __init__(self, reason: Reason, blame: Blame, error: HiveError) -> None:
-        super().__init__(error.message, error.hint, code=error.code, blame=blame)
+        super().__init__(error.message, error.hint, code=error.code, blame=blame, details=error.details)
         self.reason = reason
 
 
@@ -49,14 +49,17 @@ class Identifier:
             message = f"{spec.model.source} is {profile.format} ({profile.family}, {profile.parameters:,} parameters)"
             raise SpecError(f"{message}: it cannot be trained as it is", profile.why_not, code=ErrorCode.MODEL_UNUSABLE)
 
-    async def identify(self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...]) -> Identification:
-        """Ask the nodes in turn. Raises Refusal for what the user must change, Unreachable when no node could say."""
+    async def identify(
+        self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str = "no node has joined"
+    ) -> Identification:
+        """Ask the nodes in turn. Raises Refusal for what the user must change, Unreachable when no node could say;
+        `nobody` is why there is none to ask."""
         key = submission.key
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
         task = submission.task(TaskKind.IDENTIFY, job_id)
-        trouble = "no node has joined"
+        trouble = nobody
         for node_id in nodes:
             try:
                 outcome = await self._sessions.run_task(node_id, task, _DEADLINE_S)
@@ -90,4 +93,4 @@ def _refusal(outcome: Outcome) -> Refusal:
         Reason.USER_CODE: ErrorCode.MODEL_UNUSABLE,
     }.get(fault.reason, ErrorCode.JOB_FAILED)
     reason = Reason.MODEL_UNUSABLE if fault.reason is Reason.USER_CODE else fault.reason
-    return Refusal(reason, fault.blame, HiveError(fault.message, fault.hint, code=code))
+    return Refusal(reason, fault.blame, HiveError(fault.message, fault.hint, code=code, details=fault.last_lines))

@@ -29,6 +29,7 @@ from protos.version import negotiate
 _log = logging.getLogger("hive.coordinator.rpc")
 _MAX_MESSAGE_CHARACTERS = 4000  # trailing metadata is bounded by the peer, 8 KiB at least
 _MAX_HINT_CHARACTERS = 1000
+_MAX_DETAILS_CHARACTERS = 2000
 _MAX_STATUS_CHARACTERS = 300
 _PROTOCOL = re.compile(PROTOCOL_TOKEN + r"/(\d{1,6})-(\d{1,6})(?:\s|$)")
 
@@ -152,6 +153,8 @@ async def _abort(context: Any, error: HiveError) -> None:
     document = error.document()
     document["message"] = document["message"][:_MAX_MESSAGE_CHARACTERS]
     document["hint"] = document["hint"][:_MAX_HINT_CHARACTERS]
+    if "details" in document:  # the end of a traceback says most
+        document["details"] = document["details"][-_MAX_DETAILS_CHARACTERS:]
     encoded = json.dumps(document, ensure_ascii=False).encode(errors="replace")
     status = getattr(grpc.StatusCode, TABLE[error.code].grpc)
     await context.abort(status, error.message[:_MAX_STATUS_CHARACTERS], trailing_metadata=((ERROR_KEY, encoded),))

@@ -11,6 +11,7 @@ from typing import Any
 
 from coordinator import views
 from coordinator.blobs import BlobStore
+from coordinator.cluster import nobody
 from coordinator.control import events as e
 from coordinator.controller import Controller
 from coordinator.doctor import Doctor
@@ -117,7 +118,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         nodes = self.controller.state.willing()
         if not nodes:
             raise HiveError(
-                "no node has joined that takes work: there is nothing to plan with",
+                f"there is nothing to plan with: {nobody(self.controller.state.nodes.values())}",
                 "start one with hive-node start --token TOKEN; hive token create prints the whole command",
                 code=ErrorCode.NO_PLACEMENT,
             )
@@ -128,7 +129,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         if request.idempotency_key:
             known = await self.store.job_by_idempotency_key(request.idempotency_key)
             if known is not None:
-                return _answer(job=self._job(known))
+                return _answer(job=self._job(known, self.store.last_seq))
         submission = of_request(request)
         await self._check_content(submission)
         await self.identifier.check_file(submission)
@@ -149,8 +150,9 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             idempotency_key=request.idempotency_key or None,
         )
         await self.controller.submit(record)
+        seq = self.store.last_seq
         made = await self.store.job(record.job_id)
-        return _answer(job=self._job(made or record))
+        return _answer(job=self._job(made or record, seq))
 
     async def _check_content(self, submission: Submission) -> None:
         """Every file is here, or at a path that all connected nodes see."""
@@ -181,13 +183,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
 
     async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
         states = None if request.all else [state for state in JobState if state not in TERMINAL_JOB_STATES]
+        seq = self.store.last_seq
         found = await self.store.jobs(states, limit=request.limit or 100)
-        return _answer(jobs=[self._job(record) for record in found])
+        return _answer(jobs=[self._job(record, seq) for record in found])
 
     async def Show(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
+        seq = self.store.last_seq
         record = await self._record(request.job_id)
         rows = await self.store.attempts(record.job_id)
-        return _answer(job=self._job(record), attempts=views.attempts(rows, self._names()))
+        return _answer(job=self._job(record, seq), attempts=views.attempts(rows, self._names()))
 
     async def _record(self, job_id: str) -> Job:
         record = await self.store.job(JobId(job_id))
@@ -195,13 +199,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             raise NotFound(f"no job {job_id[:40]}", "hive ps --all lists all jobs")
         return record
 
-    def _job(self, record: Job) -> dict[str, Any]:
-        return views.job(record, self._names(), self.controller.progress(record.job_id), time.time())
+    def _job(self, record: Job, seq: int) -> dict[str, Any]:
+        """`seq`: of the newest event before the record was read, so that nothing after it is missed."""
+        return views.job(record, self._names(), self.controller.progress(record.job_id), time.time(), seq)
 
     def _names(self) -> dict[str, str]:
         return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}
 
     async def Explain(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
+        seq = self.store.last_seq
         record = await self._record(request.job_id)
         if record.plan_json is None:
             raise HiveError(
@@ -212,7 +218,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         plan = documents.decode(Plan, record.plan_json)
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
-        return _answer(**views.plan(plan, found), measured=result.get("measured"), job=self._job(record))
+        return _answer(**views.plan(plan, found), measured=result.get("measured"), job=self._job(record, seq))
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
@@ -222,7 +228,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def Control(self, request: jobs_pb2.ControlRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
         await self.controller.post(e.UserAsked(record.job_id, request.action))
-        return _answer(job=self._job(await self._record(request.job_id)))
+        seq = self.store.last_seq
+        return _answer(job=self._job(await self._record(request.job_id), seq))
 
     # ---- streams
 

@@ -160,6 +160,9 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
 
     async def _accept(self, session: Session, message: pb.Durable, accept: Accept) -> None:
         job_id, fence, rank = JobId(message.job_id), Fence(message.fence), int(message.rank)
+        known = job_id in self._controller.state.jobs
+        if known and not self._controller.is_given(session.node_id, job_id, fence, rank):
+            raise AccessError(f"rank {rank} of {job_id} at fence {fence} is not this node's", code=ErrorCode.FORBIDDEN)
         match message.WhichOneof("body"):
             case "report":
                 outcome = None
@@ -213,6 +216,8 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
     async def _store_call(self, session: Session, call: work_pb2.StoreCall) -> None:
         reply = work_pb2.StoreReply(call_id=call.call_id, status="ok")
         try:
+            if not self._controller.takes_part(session.node_id, JobId(call.job_id), Fence(call.fence)):
+                raise HiveError(f"this node is not in the group of {call.job_id}", code=ErrorCode.STALE_FENCE)
             reply.value, reply.number = await self._rendezvous.call(
                 JobId(call.job_id),
                 Fence(call.fence),

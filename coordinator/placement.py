@@ -7,6 +7,7 @@ of that kind would help. A question that was just answered with no is not asked 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator import planner
@@ -33,10 +34,11 @@ class Known:
 
 
 class Placement:
-    def __init__(self, sessions: Sessions, learner: Learner, rng: random.Random) -> None:
+    def __init__(self, sessions: Sessions, learner: Learner, rng: random.Random, nobody: Callable[[], str]) -> None:
         self._sessions = sessions
         self._learner = learner
         self._rng = rng
+        self._nobody = nobody  # why no node takes work, in words
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
 
@@ -53,7 +55,7 @@ class Placement:
     def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
         """A dry run over all nodes that would take work. Raises NoPlacement."""
         if not nodes:
-            raise NoPlacement("no node has joined that takes work", JOIN_HINT)
+            raise NoPlacement(self._nobody(), JOIN_HINT)
         view = cluster_view(self._sessions, nodes)
         learner = self._learner
         return planner.plan(submission.spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
@@ -67,6 +69,8 @@ class Placement:
         previous: str | None,
     ) -> Plan | Unplaced:
         """coordinator.control.events.PlanFor."""
+        if not willing:
+            return Unplaced(self._nobody(), JOIN_HINT, False, Reason.WAITING_FOR_NODES)
         known = self._jobs[job_id]
         situation = (idle, willing, holders, tuple(id(self._sessions[n].capacity) for n in idle if n in self._sessions))
         refused = self._refused.get(job_id)
@@ -88,8 +92,6 @@ class Placement:
         previous: str | None,
     ) -> Plan | Unplaced:
         spec, found, learner = known.submission.spec, known.found, self._learner
-        if not willing:
-            return Unplaced("no node is here that takes work", JOIN_HINT, False, Reason.WAITING_FOR_NODES)
         view = cluster_view(self._sessions, idle)
         try:
             if previous is not None:

@@ -1,6 +1,7 @@
 """What a coordinator that starts again takes up from its store: unfinished jobs, their groups, the members.
 
-A restart is a non-event: nodes are assumed to be there still and get `reconnect_grace_s` to say so.
+A restart is a non-event: nodes are assumed to be there still and get `reconnect_grace_s` to say so. What differs from
+the records (a group that was forming is lost, nodes are not connected) is written down before anything else happens.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from coordinator.control.state import AttemptView, Held, JobView, NodeStatus, State, Timing
+from coordinator.control.state import AttemptView, Held, JobView, NodeStatus, State, Timing, Transition
 from coordinator.records import Attempt, Job, Member
 from coordinator.store.protocol import Store
 from protos import documents
@@ -88,6 +89,7 @@ def _view(record: Job, rows: tuple[Attempt, ...], order: int, now_s: float, timi
     if state is JobState.STARTING and wanted is None:
         state, reason = JobState.RECOVERING, Reason.COORDINATOR_RESTARTED
         message = "the coordinator restarted while the group was forming"
+    trail = () if state is record.state else (Transition(state, reason, message, record.hint),)
     bounded = state is JobState.RECOVERING or wanted is not None
     return JobView(
         job_id=record.job_id,
@@ -104,9 +106,10 @@ def _view(record: Job, rows: tuple[Attempt, ...], order: int, now_s: float, timi
         samples=record.samples,
         wanted=wanted,
         not_before_s=now_s,
-        deadline_s=now_s + timing.start_s if bounded else None,
+        deadline_s=now_s + timing.reconnect_grace_s + timing.hold_s if bounded else None,
         identified=record.profile_json is not None,
         plan=documents.decode(Plan, record.plan_json) if record.plan_json else None,
         attempts=current,
         held=tuple(Held(node_id, step) for node_id, step in held.items()),
+        trail=trail,
     )

@@ -40,8 +40,12 @@ async def conclude(
     progress: Mapping[str, Any] | None,
     put_blob: PutBlob,
     now_s: float,
+    last_lines: tuple[str, ...] = (),
 ) -> Result:
-    """The result of a job in a terminal state. Artifacts exist for whatever was trained, also when it was cut short."""
+    """The result of a job in a terminal state. Artifacts exist for whatever was trained, also when it was cut short.
+
+    `last_lines`: the traceback of a job that ended before it had an attempt.
+    """
     decoded = [(row, documents.decode(Outcome, row.outcome_json)) for row in attempts if row.outcome_json]
     last = [outcome for row, outcome in decoded if row.fence == view.fence]
     first = next((outcome for row, outcome in decoded if row.fence == view.fence and row.rank == 0), None)
@@ -75,7 +79,10 @@ async def conclude(
         report = _report(view, record, decoded, names, final, measured, now_s)
         content = (json.dumps(report, indent=2, default=str) + "\n").encode()
         artifacts.append(Artifact("report.json", await put_blob(content), len(content)))
+    faults = [outcome.fault for outcome in last if outcome.fault is not None]
+    of_fault = next((fault.last_lines for fault in faults if fault.message == view.message), ())
     document = {
+        "last_lines": list(last_lines or of_fault),
         "metrics": final,
         "artifacts": [documents.plain(artifact) for artifact in artifacts],
         "measured": measured,

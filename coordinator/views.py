@@ -11,8 +11,16 @@ from coordinator.records import Attempt, Job, TokenRecord
 from protos import documents
 from protos.capacity import Capacity
 from protos.plan import Identification, NodeView, Plan
-from protos.states import TERMINAL_JOB_STATES
+from protos.states import TERMINAL_JOB_STATES, JobState
 from protos.version import SCHEMA
+
+
+_WITHOUT_A_MESSAGE = {JobState.QUEUED: "waits for its turn", JobState.RUNNING: "training"}
+
+
+def sentence(record: Job) -> str:
+    """Where a job stands, in words."""
+    return record.message or _WITHOUT_A_MESSAGE.get(record.state, "")
 
 
 def document(**content: Any) -> bytes:
@@ -48,8 +56,10 @@ def model(found: Identification) -> dict[str, Any]:
     return shown
 
 
-def job(record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | None, now_s: float) -> dict[str, Any]:
-    """`names`: node id -> name; `progress`: the payload of its newest progress event."""
+def job(
+    record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | None, now_s: float, seq: int
+) -> dict[str, Any]:
+    """`names`: node id -> name; `progress`: the payload of its newest progress event; `seq`: the last event counted."""
     result = json.loads(record.result_json) if record.result_json else {}
     nodes: Iterable[str] = ()
     if record.plan_json:
@@ -59,6 +69,8 @@ def job(record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | Non
         key: progress[key] for key in ("loss", "accuracy", "samples_per_s") if progress.get(key) is not None
     }
     ended_s = record.finished_s if record.state in TERMINAL_JOB_STATES else now_s
+    source = json.loads(record.spec_json)["model"]
+    code = json.loads(record.code_json)["files"] if record.code_json else []
     seconds = None if record.started_s is None or ended_s is None else max(0.0, ended_s - record.started_s)
     return {
         "id": record.job_id,
@@ -71,7 +83,7 @@ def job(record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | Non
         "seconds": seconds,
         "metrics": metrics,
         "artifacts": result.get("artifacts", []),
-        "message": record.message,
+        "message": sentence(record),
         "hint": record.hint,
         "blame": record.blame.value if record.blame else None,
         "exit_code": record.exit_code,
@@ -83,6 +95,10 @@ def job(record: Job, names: Mapping[str, str], progress: Mapping[str, Any] | Non
         "owner": record.owner,
         "submitted_s": record.created_s,
         "finished_s": record.finished_s,
+        "last_lines": result.get("last_lines", []),
+        "seq": seq,
+        "model": {"source": source["source"], "args": source["args"]},
+        "code": [{"name": entry["path"], "digest": entry["digest"], "bytes": entry["bytes"]} for entry in code],
     }
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from node import config as configuration
+from node import control
 from node.consent import check_user, statement
 from protos.command_line import human_bytes, log_to_stderr, say
+from protos.errors import NotFound
 
 _FLAGS = (
     click.option("--coordinator", metavar="HOST:PORT", help="Where it is [default: found on the LAN by zeroconf]."),
@@ -48,6 +50,8 @@ def node_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 def start(**flags: Any) -> int:
     """Join a coordinator and work for it until SIGTERM or Ctrl-C, which drain."""
     config = configuration.load(flags)
+    if config.token and told_to_join(config):
+        return 0
     check_user(os.geteuid(), config.allow_root)
     say(statement(account(), config.coordinator))
     say(f"node {config.name}: {granted(config)}; files in {config.home}")
@@ -57,6 +61,17 @@ def start(**flags: Any) -> int:
 
     asyncio.run(run(config))
     return 0
+
+
+def told_to_join(config: configuration.NodeConfig) -> bool:
+    """True when a daemon that waits here without a token has joined with this one: it goes on as it was started."""
+    try:
+        question = {"token": config.token, "coordinator": config.coordinator}
+        answer = control.ask(config.home, "join", question, deadline_s=60.0)
+    except NotFound:
+        return False
+    say(f"the daemon that waits in {config.home} has joined as {answer['node']['name']}; it keeps its own flags")
+    return True
 
 
 def account() -> str:

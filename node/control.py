@@ -22,7 +22,7 @@ from typing import Any
 
 from protos.errors import Conflict, DeadlineExceeded, ErrorCode, HiveError, NotFound, from_document
 
-COMMANDS = ("status", "pause", "resume", "drain", "leave", "doctor", "bench")
+COMMANDS = ("status", "join", "pause", "resume", "drain", "leave", "doctor", "bench")
 Handler = Callable[[str, Mapping[str, Any]], Awaitable[Mapping[str, Any]]]
 
 _MAX_LINE_BYTES = 64 * 1024

@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from node import agent, calibrate, control, probe
+from node import agent, calibrate, control, networks, probe
 from node.attempt import Attempt, failed_outcome
 from node.cache import BlobCache
 from node.calibration_run import calibrate_machine
@@ -36,7 +36,8 @@ from protos import documents, enrol, version
 from protos.announcement import NodeAnnouncement
 from protos.artifact import Manifest
 from protos.capacity import Capacity
-from protos.errors import AccessError, HiveError
+from protos.credentials import Credential
+from protos.errors import AccessError, Conflict, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import Fence, JobId
@@ -84,6 +85,7 @@ class Daemon:
         self._told: Capacity | None = None
         self._node_id = ""
         self._for_good = False
+        self._invited: asyncio.Future[Credential] | None = None  # while it waits for a token
 
     @classmethod
     async def open(cls, config: NodeConfig, stack: contextlib.AsyncExitStack) -> Daemon:
@@ -132,8 +134,8 @@ class Daemon:
 
     async def _join(self) -> bool:
         """False when the owner stopped it first. Without a token it shows itself on the LAN and waits for its owner."""
-        joining = asyncio.create_task(self._identity.current())
         stopped = asyncio.create_task(self._stop.wait())
+        joining = asyncio.create_task(self._identity.current())
         try:
             await asyncio.wait([joining, stopped], return_when=asyncio.FIRST_COMPLETED)
             if not joining.done():
@@ -145,11 +147,16 @@ class Daemon:
                     raise
                 self._measuring = "not joined yet"
                 log.warning("not joined", reason=error.message, hint=f"{error.hint}; hive nodes --lan there lists us")
-                await stopped
-                return False
+                self._invited = asyncio.get_running_loop().create_future()
+                events: list[asyncio.Future[Any]] = [self._invited, stopped]
+                await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+                if not self._invited.done():
+                    return False
+                credential = self._invited.result()
         finally:
             joining.cancel()
             stopped.cancel()
+            self._invited = None
         self._node_id = credential.id
         if self._advertiser is not None:
             await self._advertiser.update(self._announcement())
@@ -288,7 +295,8 @@ class Daemon:
 
     def _start(self, task: Task) -> None:
         key = (task.job_id, task.fence)
-        interface = next((n.interface for n in self.capacity.networks if n.cidr == task.network), "")
+        # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
+        address = next((n.address for n in self.capacity.networks if n.cidr == task.network), "")
 
         def ended(outcome: Outcome) -> None:
             self._attempts.pop(key, None)
@@ -298,7 +306,7 @@ class Daemon:
         attempt = Attempt(
             task,
             self._config.name,
-            interface,
+            address,
             self._threads(),
             self._device(),
             self._runner,
@@ -354,7 +362,8 @@ class Daemon:
                     rate = await self._transfers.bandwidth_bytes_per_s()
                     probed_for = self._session.connection
             config = self._config
-            now = probe.capacity(config.home, config.caps, config.trusted_lan, self._runner.cpu_limit.mechanism)
+            trusted = networks.still_here(config.trusted_lan, networks.interface_addresses())
+            now = probe.capacity(config.home, config.caps, trusted, self._runner.cpu_limit.mechanism)
             self.capacity = replace(
                 self.capacity,
                 rtt_s=self._session.rtt_s,
@@ -397,6 +406,8 @@ class Daemon:
             case "leave":
                 self._for_good = True
                 self._stop.set()
+            case "join":
+                await self._accept_invitation(str(arguments.get("token")), arguments.get("coordinator"))
             case "bench":
                 if self._attempts:
                     raise HiveError("this node is working", "pause it first: hive-node pause")
@@ -405,6 +416,17 @@ class Daemon:
             case "doctor":
                 return {"schema": version.SCHEMA, "checks": self._checks()}
         return {"schema": version.SCHEMA, "node": self._status()}
+
+    async def _accept_invitation(self, token: str, coordinator: str | None) -> None:
+        """The owner typed the command that `hive nodes --lan` showed, where this daemon already waits."""
+        if self._invited is None or self._invited.done():
+            raise Conflict(
+                f"a node daemon already runs in {self._config.home}",
+                "stop it with hive-node leave, or give this one its own folder with --home",
+            )
+        credential = await self._identity.invited(parse_token(token), coordinator)
+        if not self._invited.done():
+            self._invited.set_result(credential)
 
     def _status(self) -> dict[str, Any]:
         activity, reason = self._activity()

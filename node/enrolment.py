@@ -67,6 +67,17 @@ class Identity:
         async with self._lock:
             return await self._fresh(self._clock())
 
+    async def invited(self, token: Token, coordinator: str | None) -> Credential:
+        """Join with a token that came after the start. Raises what enrolment raises; then nothing has changed."""
+        async with self._lock:
+            before = self._wanted
+            self._wanted = replace(before, token=token, coordinator=coordinator or before.coordinator)
+            try:
+                return self._keep(await self._first(self._clock()))
+            except BaseException:
+                self._wanted = before
+                raise
+
     async def _fresh(self, now: float) -> Credential:
         if self._credential is None:
             return self._keep(await self._first(now))

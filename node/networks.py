@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,16 @@ def trusted_networks(names: Sequence[str], present: Sequence[InterfaceAddress]) 
         network = _resolve(name, present)
         if network not in found:
             found.append(network)
+    return tuple(found)
+
+
+def still_here(names: Sequence[str], present: Sequence[InterfaceAddress]) -> tuple[str, ...]:
+    """Those that match something now: a cable is pulled or a Wi-Fi left while the daemon runs, and comes back. Pure."""
+    found = []
+    for name in names:
+        with contextlib.suppress(HiveError):
+            _resolve(name, present)
+            found.append(name)
     return tuple(found)
 
 

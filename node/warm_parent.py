@@ -94,7 +94,7 @@ class WarmParent:
                 with open(path, "w") as procs:  # noqa: PTH123 - nothing but a write may come before the cap
                     procs.write(str(os.getpid()))
             prctl.adopt_orphans()
-            signal.set_wakeup_fd(-1)
+            os.close(signal.set_wakeup_fd(-1))  # who writes to it ends the parent, and every worker with it
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             self._control.close()

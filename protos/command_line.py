@@ -153,6 +153,8 @@ def show_error(error: HiveError, as_json: bool) -> int:
         write_document({"error": error.document()})
     else:
         click.echo(f"{paint('error:', 'red', sys.stderr)} {error.message}", err=True)
+        for line in error.details:
+            click.echo(f"    {line}", err=True)
         if error.hint:
             click.echo(f"  {paint('hint:', 'yellow', sys.stderr)} {error.hint}", err=True)
     return error.exit_code

@@ -11,7 +11,8 @@ HiveError
  ├─ Exhausted            disk, memory or a limit                                         exit 1
  └─ JobFailed            the job itself ended badly (user code, NaN, nodes)              exit 100
 
-Every error says what happened (message), and what to do next (hint). `blame` says whose fault it is.
+Every error says what happened (message), and what to do next (hint). `blame` says whose fault it is; `details` are
+lines that back it up, such as the user's own traceback.
 """
 
 from __future__ import annotations
@@ -93,20 +94,28 @@ class HiveError(Exception):
     default_code = ErrorCode.UNEXPECTED
 
     def __init__(
-        self, message: str, hint: str = "", *, code: ErrorCode | None = None, blame: Blame | None = None
+        self,
+        message: str,
+        hint: str = "",
+        *,
+        code: ErrorCode | None = None,
+        blame: Blame | None = None,
+        details: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.code = code or self.default_code
         self.blame = blame
+        self.details = details
 
     @property
     def exit_code(self) -> int:
         return TABLE[self.code].exit_code
 
     def document(self) -> dict[str, str]:
-        return {"code": self.code.value, "message": self.message, "hint": self.hint}
+        said = {"code": self.code.value, "message": self.message, "hint": self.hint}
+        return {**said, "details": "\n".join(self.details)} if self.details else said
 
 
 class SpecError(HiveError):
@@ -170,4 +179,6 @@ def from_document(document: dict[str, str]) -> HiveError:
         code = ErrorCode(document.get("code", ""))
     except ValueError:
         code = ErrorCode.UNEXPECTED
-    return _CLASSES.get(code, HiveError)(document.get("message", "unknown error"), document.get("hint", ""), code=code)
+    details = tuple(document.get("details", "").splitlines())
+    message = document.get("message", "unknown error")
+    return _CLASSES.get(code, HiveError)(message, document.get("hint", ""), code=code, details=details)

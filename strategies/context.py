@@ -72,7 +72,7 @@ class TaskContext:
     task: Task
     workspace: Workspace
     channel: Channel
-    interface: str  # the network interface a group binds to, e.g. "lo"; "" when world_size is 1
+    interface: str  # what a group binds to: an address of this machine, or an interface; "" is nothing that is trusted
     threads: int
     device: str  # "cpu" or "cuda:N"
     node_name: str

@@ -139,6 +139,8 @@ def _in_order(inputs: Inputs, members: list[_Member]) -> list[_Member]:
 def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[PlacedEstimate]:
     smallest, largest = max(2, inputs.spec.nodes.min), min(inputs.spec.nodes.max, len(ordered))
     batch = inputs.spec.train.batch_size
+    # a person who names the strategy wants every node at work, also one that a split by speed would leave out
+    least = 1 if inputs.spec.strategy == StrategyName.DATA_PARALLEL else 0
     answers = []
     worst = Link(0.0, math.inf)
     for count in range(2, largest + 1):
@@ -149,7 +151,9 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
         prefix = ordered[:count]
         if count < smallest or sum(member.cap for member in prefix) < batch:
             continue
-        samples = split_batch([member.rank_speed for member in prefix], batch)
+        if batch < least * count:
+            continue
+        samples = split_batch([member.rank_speed for member in prefix], batch, least)
         if min(samples) == 0:
             continue
         answers.append(_on(inputs, network, prefix, samples, worst))

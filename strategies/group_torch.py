@@ -8,6 +8,7 @@ group is poisoned, so every failure raises PeerLost and the attempt ends. No `*_
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -208,6 +210,7 @@ def connect(context: TaskContext, group: Group) -> Group:
         devices = _devices(context, prefixed)
         if all(device.startswith("cuda") for device in devices) and dist.is_nccl_available():
             group.device = torch.device(context.device)
+            _bind_nccl(context.interface)
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = timeout
             group.backend = dist.ProcessGroupNCCL(prefixed, task.rank, task.world_size, nccl)
@@ -231,10 +234,25 @@ def _devices(context: TaskContext, store: Store) -> list[str]:
     return [bytes(store.get(f"device/{rank}")).decode() for rank in range(context.task.world_size)]
 
 
-def _gloo_device(interface: str) -> Any:
-    if interface == "lo":  # by address: the interface of a loopback has no name gloo would resolve in every container
-        return dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
-    return dist.ProcessGroupGloo.create_device(interface=interface)
+def _gloo_device(bound_to: str) -> Any:
+    """By address where there is one: an interface may have several, and gloo would listen on any of them."""
+    try:
+        address = str(ipaddress.ip_address("127.0.0.1" if bound_to == "lo" else bound_to))
+    except ValueError:
+        return dist.ProcessGroupGloo.create_device(interface=bound_to)  # refuses an empty name
+    return dist.ProcessGroupGloo.create_device(hostname=address)
+
+
+def _bind_nccl(bound_to: str) -> None:
+    """NCCL knows interfaces only, and without one it listens on whichever it likes."""
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if name == bound_to or any(entry.address == bound_to for entry in addresses)
+    ]
+    if not names:
+        raise RuntimeError(f"no interface of this machine has the trusted address {bound_to!r}")
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[0]}"
 
 
 def _tcp_sockets() -> frozenset[tuple[int, int]]:

@@ -34,7 +34,7 @@ def main(path: Path, threads: int) -> None:
             step += 1
             samples += len(indices)
     seconds = time.perf_counter() - started
-    print(json.dumps({"samples": samples, "seconds": seconds, "loss": float(loss)}))
+    print(json.dumps({"samples": samples, "seconds": seconds, "loss": loss.item()}))
 
 
 if __name__ == "__main__":

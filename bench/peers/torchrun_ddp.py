@@ -47,7 +47,7 @@ def main(path: Path, threads: int) -> None:
     dist.barrier()
     seconds = time.perf_counter() - started
     if rank == 0:
-        print(json.dumps({"samples": samples, "seconds": seconds, "loss": float(loss), "first_step": first_step}))
+        print(json.dumps({"samples": samples, "seconds": seconds, "loss": loss.item(), "first_step": first_step}))
     dist.destroy_process_group()
 
 

@@ -74,7 +74,8 @@ def job(row: Mapping[str, Any]) -> str:
         lines.append(("artifact", f"{artifact['name']}  {human_bytes(artifact.get('bytes'))}"))
     shown = [(name, value) for name, value in lines if value not in (None, "")]
     width = max(len(name) for name, _ in shown)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown)
+    said = [f"    {line}" for line in row.get("last_lines") or ()]
+    return "\n".join([*(f"{name.ljust(width)}  {value}" for name, value in shown), *said])
 
 
 def model(row: Mapping[str, Any]) -> str:

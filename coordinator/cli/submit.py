@@ -53,6 +53,7 @@ def submit(job_file: Path, overrides: tuple[str, ...], wait: bool, as_json: bool
     """Train what JOB.yaml describes."""
     bundle = _bundle(job_file, overrides)
     accepted: list[str] = []
+    output: list[str] = []
 
     async def work(client: Client) -> dict[str, Any]:
         await _upload(client, bundle)
@@ -61,7 +62,9 @@ def submit(job_file: Path, overrides: tuple[str, ...], wait: bool, as_json: bool
         if not wait:
             return document
         say(f"job {accepted[0]} submitted; Ctrl-C detaches, the job goes on")
-        return await ending.wait_with_progress(client, accepted[0])
+        document = await ending.wait_with_progress(client, accepted[0])
+        output.extend(await ending.last_output(client, document["job"]))
+        return document
 
     try:
         document = connected(work)
@@ -70,7 +73,7 @@ def submit(job_file: Path, overrides: tuple[str, ...], wait: bool, as_json: bool
             raise
         return ending.detached(accepted[0])
     if wait:
-        return ending.finish(document, as_json)
+        return ending.finish(document, as_json, output)
     if as_json:
         write_document(document)
     else:

@@ -45,8 +45,10 @@ def take_report(state: State, event: e.AttemptReported, now_s: float, timing: Ti
     if event.state is AttemptState.FAILED:
         job, effects = _after_fault(job, event, now_s, timing)
     elif job.state is JobState.STARTING and all(a.state in _STARTED for a in job.attempts):
-        job = to(job, JobState.RUNNING, Reason.TRAINING, _where(state, job))
-        job = replace(job, deadline_s=job.deadline_s if job.wanted else None)
+        if job.wanted is None:
+            job = replace(to(job, JobState.RUNNING, Reason.TRAINING, _where(state, job)), deadline_s=None)
+        else:  # what the user asked for stays the reason: a coordinator that restarts reads it there
+            job = to(job, JobState.RUNNING, job.reason, job.message)
     if event.rank == 0 and event.state is AttemptState.DONE:
         job = replace(job, deadline_s=now_s + timing.stop_s)
     return state.with_job(job), effects, f"rank {event.rank} {event.state.value.lower()}"
@@ -66,7 +68,7 @@ def _hold(job: JobView, held: Held) -> JobView:
 
 def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
     fault = event.outcome.fault if event.outcome else None
-    if job.wanted is not None:
+    if job.wanted is not None or _finished(job):
         return job, []
     if fault is not None and not fault.retryable:
         stops = _stop_working(job, StopMode.CANCEL, fault.message)
@@ -136,9 +138,10 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         ended = end(job, JobState.FAILED, Reason.RETRIES_EXHAUSTED, message, hint, _blame(job))
         return state.with_job(ended), [close, e.Finish(job_id)]
     wait_s = timing.backoff_s(job.retries)
+    restarted = job.reason is Reason.COORDINATOR_RESTARTED  # not the group's failure
     cause = job.message
     job = to(job, JobState.QUEUED, Reason.BACKING_OFF, f"{cause}; forming a new group in {wait_s:.0f} s")
-    job = replace(job, not_before_s=now_s + wait_s, retries=job.retries + 1)
+    job = replace(job, not_before_s=now_s + wait_s, retries=job.retries + (not restarted))
     return state.with_job(job), [close]
 
 

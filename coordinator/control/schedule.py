@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coordinator.control import events as e
 from coordinator.control.group import new_group
-from coordinator.control.state import JobView, State, Timing
+from coordinator.control.state import NO_FENCE, JobView, State, Timing
 from coordinator.control.transitions import end
 from protos.errors import Blame
 from protos.ids import NodeId
@@ -23,6 +23,8 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
     )
     for job in queued:
         if now_s < job.not_before_s:
+            if job.fence > NO_FENCE:
+                break  # it goes on within seconds: later jobs do not take its nodes meanwhile
             continue
         idle = state.idle()
         if not idle and state.willing():
@@ -51,6 +53,7 @@ def _waits(job: JobView, reason: Reason, message: str, hint: str = "") -> JobVie
 
 
 def _holders(job: JobView, idle: tuple[NodeId, ...]) -> tuple[NodeId, ...]:
-    """Idle nodes that have the newest committed step on disk."""
-    newest = max((held.step for held in job.held), default=None)
-    return tuple(held.node_id for held in job.held if held.step == newest and held.node_id in idle)
+    """Idle nodes that have the newest committed step of those that are here on disk."""
+    here = [held for held in job.held if held.node_id in idle]
+    newest = max((held.step for held in here), default=None)
+    return tuple(held.node_id for held in here if held.step == newest)

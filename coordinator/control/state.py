@@ -139,8 +139,15 @@ class State:
         return frozenset(attempt.node_id for job in self.jobs.values() if not job.ended for attempt in job.working)
 
     def idle(self) -> tuple[NodeId, ...]:
+        """Willing, without an attempt, and by its own word without a worker of an earlier one that is still ending."""
         busy = self.busy()
-        return tuple(sorted(node.node_id for node in self.nodes.values() if node.willing and node.node_id not in busy))
+        return tuple(
+            sorted(
+                node.node_id
+                for node in self.nodes.values()
+                if node.willing and node.node_id not in busy and node.activity is not Activity.BUSY
+            )
+        )
 
     def willing(self) -> tuple[NodeId, ...]:
         return tuple(sorted(node.node_id for node in self.nodes.values() if node.willing))

@@ -44,25 +44,24 @@ def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[
             job = to(job, JobState.PLANNING, Reason.IDENTIFYING, "identifying the model")
             return state.with_job(job), [e.Identify(event.job_id)], "submitted"
         case e.Identified():
-            job = state.jobs[event.job_id]
+            job = state.jobs.get(event.job_id)
+            if job is None or job.ended:
+                return state, [], "identified too late"
             if job.state is not JobState.PLANNING:
                 return state.with_job(replace(job, identified=True)), [], "identified"
             return state.with_job(replace(to(job, JobState.QUEUED), identified=True)), [], "identified"
         case e.Refused():
-            job = state.jobs[event.job_id]
-            if job.ended or job.working:
+            job = state.jobs.get(event.job_id)
+            if job is None or job.ended or job.identified:
                 return state, [], "refused too late"
             ended = end(job, JobState.FAILED, event.reason, event.message, event.hint, event.blame)
             return state.with_job(ended), [e.Finish(job.job_id)], event.message
         case e.IdentificationDelayed():
-            job = state.jobs[event.job_id]
-            if job.state is JobState.PLANNING:
-                job = replace(
-                    job,
-                    reason=Reason.WAITING_FOR_NODES,
-                    message=event.message,
-                    not_before_s=now_s + timing.backoff_s(0),
-                )
+            job = state.jobs.get(event.job_id)
+            if job is None or job.state is not JobState.PLANNING:
+                return state, [], "delayed too late"
+            later_s = now_s + timing.backoff_s(0)
+            job = replace(job, reason=Reason.WAITING_FOR_NODES, message=event.message, not_before_s=later_s)
             return state.with_job(job), [], event.message
         case e.NodeConnected():
             return _node_connected(state, event, now_s, timing)
@@ -93,7 +92,7 @@ def _node_connected(
     state: State, event: e.NodeConnected, now_s: float, timing: Timing
 ) -> tuple[State, list[e.Effect], str]:
     known = state.nodes.get(event.node_id)
-    eligibility = known.eligibility if known and known.eligibility is not Eligibility.DRAINING else Eligibility.OK
+    eligibility = known.eligibility if known else Eligibility.OK
     node = NodeStatus(
         event.node_id, event.name, NodeLink.CONNECTED, eligibility, event.activity, event.activity_reason, now_s
     )
@@ -103,7 +102,8 @@ def _node_connected(
     for lease in event.leases:
         job = state.jobs.get(lease.job_id)
         if job is not None and _works(job, lease, event.node_id):
-            mode = job.wanted or (StopMode.HOLD if job.state is JobState.RECOVERING else None)
+            leaves = job.state is JobState.RECOVERING or eligibility is Eligibility.DRAINING
+            mode = job.wanted or (StopMode.HOLD if leaves else None)
             if mode is not None:  # said while the node was away
                 effects.append(e.Stop(event.node_id, job.job_id, job.fence, mode, job.message))
         else:
@@ -116,7 +116,8 @@ def _node_connected(
             for attempt in job.working
             if attempt.node_id == event.node_id and (job.job_id, job.fence, attempt.rank) not in presented
         ]
-        offered = [rank for rank in gone if _attempt_state(job, rank) is AttemptState.OFFERED and job.wanted is None]
+        forming = job.state is JobState.STARTING and job.wanted is None and eligibility is not Eligibility.DRAINING
+        offered = [rank for rank in gone if forming and _attempt_state(job, rank) is AttemptState.OFFERED]
         effects += offers_again(job, offered)
         lost = [rank for rank in gone if rank not in offered]
         if lost:
@@ -139,7 +140,10 @@ def _node_heard(state: State, event: e.NodeHeard, now_s: float) -> tuple[State, 
     node = state.nodes.get(event.node_id)
     if node is None:
         return state, [], "not a member"
-    node = replace(node, last_seen_s=now_s)
+    if node.link is NodeLink.LEFT:
+        return state, [], "a member that left says nothing more on this stream"
+    # Its stream is open, so a node that was given up for its silence (frozen, asleep) is here again.
+    node = replace(node, last_seen_s=now_s, link=NodeLink.CONNECTED)
     if event.activity is not None:
         node = replace(node, activity=event.activity, reason=event.activity_reason)
     return state.with_node(node), [], "heard"
@@ -166,13 +170,7 @@ def _node_controlled(
             return state.with_node(replace(node, eligibility=Eligibility.OK)), [], "takes work again"
         case "drain":
             state = state.with_node(replace(node, eligibility=Eligibility.DRAINING))
-            effects: list[e.Effect] = [
-                e.Stop(event.node_id, job.job_id, job.fence, StopMode.HOLD, f"{node.name} is draining")
-                for job in state.jobs.values()
-                for attempt in job.working
-                if attempt.node_id == event.node_id
-            ]
-            return state, effects, "draining"
+            return state, _stop_on(state, event.node_id, f"{node.name} is draining"), "draining"
         case "remove":
             state, effects, reason = _lose_node(
                 state, event.node_id, Reason.NODE_LEFT, f"{node.name} was removed", now_s, timing
@@ -180,6 +178,16 @@ def _node_controlled(
             return state.with_node(replace(node, link=NodeLink.LEFT, reason="removed")), effects, reason
         case other:
             raise Conflict(f"unknown action {other!r} for a node", "use cordon, uncordon, drain or remove")
+
+
+def _stop_on(state: State, node_id: NodeId, why: str) -> list[e.Effect]:
+    """Hold whatever a node works on now."""
+    return [
+        e.Stop(node_id, job.job_id, job.fence, StopMode.HOLD, why)
+        for job in state.jobs.values()
+        for attempt in job.working
+        if attempt.node_id == node_id
+    ]
 
 
 def _lose_node(
@@ -268,10 +276,10 @@ def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.E
         if node.link is NodeLink.CONNECTED and silent_s > timing.lease_ttl_s:
             state = state.with_node(_cut_off(node, f"silent for {silent_s:.0f} s", now_s))
         elif node.link is NodeLink.DISCONNECTED and silent_s > timing.lease_ttl_s:
+            why = f"{node.name} was not heard for {silent_s:.0f} s"
+            effects += _stop_on(state, node.node_id, why)  # a frozen node reads it when it goes on
             state = state.with_node(replace(node, link=NodeLink.LOST, reason=f"not heard for {silent_s:.0f} s"))
-            state, more, _ = _lose_node(
-                state, node.node_id, Reason.NODE_LOST, f"{node.name} was not heard for {silent_s:.0f} s", now_s, timing
-            )
+            state, more, _ = _lose_node(state, node.node_id, Reason.NODE_LOST, why, now_s, timing)
             effects += more
     for job in list(state.jobs.values()):
         late = [attempt for attempt in job.working if attempt.rank in _late(state, job, now_s, timing)]

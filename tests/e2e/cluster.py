@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,12 @@ class Cluster:
         node.start()
         return node
 
-    def start(self, nodes: int = 2, cpus: float = 1) -> Cluster:
+    def start(self, cpus: Sequence[float] = (1, 1)) -> Cluster:
+        """A coordinator and one node per number of cores."""
         self.start_coordinator()
-        for number in range(nodes):
-            self.start_node(f"n{number}", cpus)
-        self.wait_ready(nodes)
+        for number, cores in enumerate(cpus):
+            self.start_node(f"n{number}", cores)
+        self.wait_ready(len(cpus))
         return self
 
     def wait_ready(self, nodes: int, deadline_s: float = 120.0) -> list[dict[str, Any]]:
@@ -167,9 +168,10 @@ class Cluster:
         except AssertionError as error:
             logs = "\n".join(f"--- {name}\n{node.said()[-1500:]}" for name, node in self.nodes.items())
             raise AssertionError(f"{error}\n{logs}") from None
-        measured = self.folder / next(iter(self.nodes)) / CALIBRATION
-        if self.calibration is not None and measured.exists():
-            shutil.copytree(measured, self.calibration, dirs_exist_ok=True)
+        for name in self.nodes if self.calibration is not None else ():
+            measured = self.folder / name / CALIBRATION
+            if self.calibration is not None and measured.exists():
+                shutil.copytree(measured, self.calibration, dirs_exist_ok=True)
         return ready
 
     def hive(self, *arguments: str, check: bool = True, deadline_s: float = 180.0) -> subprocess.CompletedProcess[str]:
@@ -234,6 +236,18 @@ class Cluster:
         parents = psutil.Process(self.nodes[name].pid).children()
         return [worker.pid for parent in parents for worker in parent.children()]
 
+    def heal(self) -> None:
+        """Start again whatever a test has killed, and wait until all is as at first."""
+        for process in (self.coordinator, *self.nodes.values()):
+            if process is not None and process.process is not None and process.process.poll() is None:
+                process.kill(signal.SIGCONT)
+        if self.coordinator is None or self.coordinator.process is None or self.coordinator.process.poll() is not None:
+            self.start_coordinator()
+        for node in self.nodes.values():
+            if node.process is None or node.process.poll() is not None:
+                node.start()
+        self.wait_ready(len(self.nodes))
+
     def close(self) -> None:
         for process in (*self.nodes.values(), self.coordinator):
             if process is not None:
@@ -241,9 +255,15 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, calibration: Path | None, nodes: int = 2, cpus: float = 1) -> Iterator[Cluster]:
+def start_cluster(folder: Path, calibration: Path | None, cpus: Sequence[float]) -> Iterator[Cluster]:
     made = Cluster(folder, calibration)
     try:
-        yield made.start(nodes, cpus)
+        yield made.start(cpus)
     finally:
         made.close()
+
+
+def cluster(
+    folder: Path, calibration: Path | None, nodes: int = 2, cpus: float = 1
+) -> contextlib.AbstractContextManager[Cluster]:
+    return start_cluster(folder, calibration, (cpus,) * nodes)

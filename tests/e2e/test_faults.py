@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -19,10 +20,24 @@ SAMPLES = (STEPS // 23) * ROWS + sum([64] * (STEPS % 23))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-@pytest.fixture
-def made(tmp_path: Path, calibration: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path, calibration, nodes=2, cpus=1) as started:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("faults"), calibration, nodes=2, cpus=1) as started:
         yield started
+
+
+@pytest.fixture
+def made(shared: Cluster) -> Cluster:
+    shared.heal()
+    return shared
+
+
+def kill_coordinator_when(made: Cluster, job_id: str, states: set[str]) -> None:
+    """kill -9 as soon as the job is seen in one of these states, then start it again."""
+    until(lambda: made.show(job_id)["state"] in states, f"{job_id} in {states}", 60)
+    assert made.coordinator is not None
+    made.coordinator.kill()
+    made.start_coordinator()
 
 
 def check_finished(made: Cluster, job_id: str) -> dict[str, object]:
@@ -30,8 +45,11 @@ def check_finished(made: Cluster, job_id: str) -> dict[str, object]:
     assert job["state"] == "SUCCEEDED", job
     assert job["step"] == STEPS
     assert job["samples"] == SAMPLES
-    steps = [line["step"] for line in made.ask("explain", job_id).get("metrics", [])]
-    assert len(steps) == len(set(steps))
+    lines = [json.loads(line) for line in made.artifact(job_id, "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["stage"] == "train"]
+    assert len(steps) == len(set(steps)), "a step was counted twice"
+    assert (steps[0], steps[-1]) == (1, STEPS)
+    assert lines[-1]["samples"] == SAMPLES
     return job
 
 
@@ -49,6 +67,32 @@ def test_a_killed_node_daemon_leaves_its_work_to_the_other(made: Cluster) -> Non
     made.nodes["n1"].kill()
     job = check_finished(made, job_id)
     assert job["nodes"] == ["n0"]
+
+
+def test_a_coordinator_killed_while_the_group_forms(made: Cluster) -> None:
+    job_id = made.submit(JOB)
+    kill_coordinator_when(made, job_id, {"STARTING"})
+    check_finished(made, job_id)
+
+
+def test_a_coordinator_killed_while_the_group_is_formed_again(made: Cluster) -> None:
+    job_id = made.submit(JOB)
+    made.wait_step(job_id, 200)
+    os.kill(made.worker_pids("n1")[0], signal.SIGKILL)
+    kill_coordinator_when(made, job_id, {"RECOVERING", "QUEUED", "STARTING"})
+    check_finished(made, job_id)
+
+
+def test_a_coordinator_killed_when_the_result_arrives(made: Cluster) -> None:
+    job_id = made.submit(JOB)
+    made.wait_step(job_id, STEPS - 100)
+    assert made.coordinator is not None
+    made.coordinator.kill()
+    until(lambda: not made.worker_pids("n0"), "the workers have finished without a coordinator", 60)
+    made.start_coordinator()
+    job = check_finished(made, job_id)
+    assert job["fence"] == 1
+    assert made.artifact(job_id, "model.safetensors").stat().st_size > 0
 
 
 def test_a_killed_coordinator_is_a_non_event(made: Cluster) -> None:

@@ -86,6 +86,17 @@ def test_a_node_that_would_slow_the_others_is_left_out() -> None:
     assert DataParallel().estimate(inputs).nodes == ("a", "b")
 
 
+def test_a_hopeless_node_is_left_out_by_the_choice_but_works_when_the_job_file_names_the_strategy() -> None:
+    nodes = (node("a", 30.0), node("b", 0.01))
+    free = DataParallel()
+    assert free.feasible(ask(*nodes)) == (
+        "one node would get every sample: the others are too slow to help with this batch size",
+    )
+    forced = ask(*nodes, strategy="data_parallel")
+    assert free.feasible(forced) == ()
+    assert [placement.samples for placement in free.estimate(forced).placements] == [63, 1]
+
+
 def test_nodes_of_one_machine_use_loopback_without_being_asked() -> None:
     inputs = ask(node("a", machine_id="m", lan=None), node("b", machine_id="m", lan=None))
     assert DataParallel().estimate(inputs).network == "loopback"

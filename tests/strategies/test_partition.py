@@ -20,17 +20,17 @@ RANKS = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
-@given(RANKS, st.integers(1, 14))
-def test_a_split_is_as_good_as_the_best_of_all_splits(ranks: list[RankSpeed], batch: int) -> None:
-    every = product(*(range(min(rank.cap, batch) + 1) for rank in ranks))
+@given(RANKS, st.integers(1, 14), st.integers(0, 2))
+def test_a_split_is_as_good_as_the_best_of_all_splits(ranks: list[RankSpeed], batch: int, least: int) -> None:
+    every = product(*(range(least, min(rank.cap, batch) + 1) for rank in ranks))
     possible = [counts for counts in every if sum(counts) == batch]
     if not possible:
-        with pytest.raises(ValueError, match="hold"):
-            split_batch(ranks, batch)
+        with pytest.raises(ValueError, match="hold|has no"):
+            split_batch(ranks, batch, least)
         return
-    samples = split_batch(ranks, batch)
+    samples = split_batch(ranks, batch, least)
     assert sum(samples) == batch
-    assert all(0 <= count <= rank.cap for rank, count in zip(ranks, samples, strict=True))
+    assert all(least <= count <= rank.cap for rank, count in zip(ranks, samples, strict=True))
     best = min(slowest_s(ranks, counts) for counts in possible)
     assert slowest_s(ranks, samples) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
@@ -46,6 +46,10 @@ def test_twice_the_speed_takes_twice_the_samples() -> None:
 
 def test_a_rank_too_slow_for_one_sample_gets_none() -> None:
     assert split_batch([RankSpeed(0.0, 0.001, 99), RankSpeed(5.0, 1.0, 99)], 10) == (10, 0)
+
+
+def test_a_rank_too_slow_for_one_sample_gets_one_when_all_must_work() -> None:
+    assert split_batch([RankSpeed(0.0, 0.001, 99), RankSpeed(5.0, 1.0, 99)], 10, least=1) == (9, 1)
 
 
 def test_caps_push_samples_to_the_slower_rank() -> None:

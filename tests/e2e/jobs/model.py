@@ -25,3 +25,24 @@ class Diverges(nn.Module):
 
 def diverges() -> nn.Module:
     return Diverges()
+
+
+class TinyGPT(nn.Module):
+    """One block over bytes [N, length], without dropout."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(length, width)
+        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.head = nn.Linear(width, 256)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        x = self.token(tokens) + self.position(torch.arange(length))
+        return self.head(self.block(x, src_mask=mask, is_causal=True))
+
+
+def gpt(width: int = 32, length: int = 32) -> nn.Module:
+    return TinyGPT(width, length)

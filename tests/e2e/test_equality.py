@@ -1,0 +1,110 @@
+"""What hive trains is what plain torch trains: the same losses and the same weights, on one node and on unequal two."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coordinator.jobfile import read_job
+from protos.jobspec import JobSpec
+from strategies.data.dataset import epoch_order
+from strategies.data.opening import open_splits
+from strategies.sample_order import cut, steps
+from tests.e2e.cluster import Cluster, start_cluster
+
+JOBS = Path(__file__).parent / "jobs"
+STEPS = 50
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Iterator[Cluster]:
+    """One node has half of the other's CPU time."""
+    with start_cluster(tmp_path_factory.mktemp("uneven"), calibration, (1, 0.5)) as made:
+        yield made
+
+
+def models() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("e2e_models", JOBS / "model.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def plain_torch(spec: JobSpec) -> tuple[list[float], dict[str, Tensor], list[int]]:
+    """The same job by hand in one process: the loss of each step, the final weights, the rows of each batch."""
+    torch.set_num_threads(1)
+    data = open_splits(spec.data, None, None, loss=spec.train.loss).train
+    torch.manual_seed(spec.train.seed)
+    model = getattr(models(), spec.model.source.partition(":")[2])(**spec.model.args)
+    options = spec.train.optimizer.model_dump(exclude={"name"})
+    optimizer = OPTIMIZERS[spec.train.optimizer.name](model.parameters(), **options)
+    per_epoch = steps(data.rows, spec.train.batch_size)
+    losses, rows = [], []
+    for step in range(spec.train.steps or 0):
+        epoch, position = divmod(step, per_epoch)
+        order = epoch_order(data, spec.train.seed, epoch, spec.train.shuffle)
+        batch = data.batch(order.batch(position, spec.train.batch_size))
+        features = torch.from_numpy(np.ascontiguousarray(batch.features))
+        if spec.train.loss == "causal_lm":
+            logits = model(features[:, :-1])
+            loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), features[:, 1:].reshape(-1))
+        else:
+            loss = functional.cross_entropy(model(features), torch.from_numpy(batch.target))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        rows.append(len(features))
+    return losses, model.state_dict(), rows
+
+
+def train(made: Cluster, job: Path, strategy: str) -> tuple[list[float], dict[str, Tensor], dict[str, object]]:
+    job_id = made.submit(job, f"strategy={strategy}")
+    ended = made.wait(job_id)
+    assert (ended["state"], ended["strategy"]) == ("SUCCEEDED", strategy), ended
+    lines = [json.loads(line) for line in made.artifact(job_id, "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["stage"] == "train"]
+    assert [line["step"] for line in trained] == list(range(1, STEPS + 1))
+    weights = safetensors.torch.load_file(made.artifact(job_id, "model.safetensors"))
+    return [line["loss"] for line in trained], weights, json.loads(made.artifact(job_id, "report.json").read_text())
+
+
+@pytest.mark.parametrize("strategy", ["single_node", "data_parallel"])
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_training_equals_plain_torch(uneven: Cluster, name: str, strategy: str) -> None:
+    job = JOBS / f"{name}.yaml"
+    losses, weights, report = train(uneven, job, strategy)
+    expected_losses, expected_weights, rows = plain_torch(read_job(job))
+
+    assert losses == pytest.approx(expected_losses, abs=1e-5)
+    assert weights.keys() == expected_weights.keys()
+    for key, tensor in weights.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, expected_weights[key], rtol=0, atol=1e-4)
+
+    subtasks = report["plan"]["subtasks"]  # type: ignore[index]
+    names = {node["id"]: node["name"] for node in uneven.show_nodes()}
+    slices = [subtask["data_range"][1] - subtask["data_range"][0] for subtask in subtasks]
+    assert len(slices) == (2 if strategy == "data_parallel" else 1)
+    assert min(slices) > 0 and sum(slices) == max(rows)
+    assert len(set(slices)) == len(slices), "the nodes are unequal, so are their slices"
+    shares = {names[each["node_id"]]: sum(cut(count, slices)[rank] for count in rows)
+              for rank, each in enumerate(subtasks)}  # fmt: skip
+    done = {node: used["samples"] for node, used in report["nodes"].items()}  # type: ignore[attr-defined]
+    assert done == shares
+    assert all(used["steps"] == STEPS for used in report["nodes"].values())  # type: ignore[attr-defined]
+    assert report["job"]["samples"] == sum(rows)  # type: ignore[index]

@@ -1,0 +1,116 @@
+"""Machines that trust their LAN train together across it, also through outages; machines that do not, do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.cluster import until
+from tests.netns.lan_cluster import LanCluster
+from tests.netns.machines import SUBNET, Lan, connections, lan, listening
+
+JOB = Path(__file__).parent.parent / "e2e" / "jobs" / "long.yaml"
+STEPS = 1500
+ROWS = 1438  # of builtin:digits' training part, in 23 steps per epoch
+SAMPLES = (STEPS // 23) * ROWS + sum([64] * (STEPS % 23))
+
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def network() -> Iterator[Lan]:
+    """The coordinator's machine, and two that are to train: their interfaces have unlike names."""
+    with lan(3, ("e0", "e0", "wan7")) as made:
+        yield made
+
+
+@pytest.fixture
+def office(network: Lan, tmp_path: Path, calibration: Path) -> Iterator[LanCluster]:
+    made = LanCluster(tmp_path, calibration, lan=network)
+    try:
+        made.coordinator_on(network[0], "--no-advertise")
+        yield made
+    finally:
+        made.close()
+
+
+def start_trusting(office: LanCluster) -> None:
+    office.node_on(office.lan[1], "n1", "--no-advertise", "--trusted-lan", "e0")
+    office.node_on(office.lan[2], "n2", "--no-advertise", "--trusted-lan", SUBNET)
+    office.wait_ready(2)
+
+
+def check_finished(office: LanCluster, job_id: str, steps: int = STEPS, samples: int = SAMPLES) -> dict[str, object]:
+    job = office.wait(job_id, 200)
+    assert job["state"] == "SUCCEEDED", job
+    assert (job["step"], job["samples"]) == (steps, samples)
+    report: dict[str, object] = json.loads(office.artifact(job_id, "report.json").read_text())
+    return report
+
+
+def test_without_a_trusted_lan_the_job_is_refused_with_the_flag_that_would_allow_it(office: LanCluster) -> None:
+    office.node_on(office.lan[1], "n1")
+    office.node_on(office.lan[2], "n2")
+    office.wait_ready(2)
+    refused = office.hive("plan", str(JOB), check=False)
+    assert refused.returncode == 7, refused
+    assert "share a trusted network" in refused.stderr and "--trusted-lan" in refused.stderr
+    submitted = office.hive("submit", str(JOB), "--wait", "-o", "json", check=False)
+    assert submitted.returncode == 7, submitted
+    assert "--trusted-lan" in submitted.stdout
+
+
+def test_two_machines_train_together_over_the_lan_both_named(office: LanCluster) -> None:
+    start_trusting(office)
+    job_id = office.submit(JOB)
+    office.wait_step(job_id, 100)
+    addresses = {name: office.lan[number].address for name, number in (("n1", 1), ("n2", 2))}
+    for name, own in addresses.items():
+        (other,) = set(addresses.values()) - {own}
+        (worker,) = office.worker_pids(name)
+        assert {address for address, _ in listening(worker)} == {own}, "gloo listens on the trusted address only"
+        assert connections(worker) == {(own, other)}
+        assert listening(office.nodes[name].pid) == set(), "a node daemon listens nowhere"
+    report = check_finished(office, job_id)
+    shares = {name: used["samples"] for name, used in report["nodes"].items()}  # type: ignore[attr-defined]
+    assert set(shares) == {"n1", "n2"} and all(shares.values()) and sum(shares.values()) == SAMPLES
+    assert report["plan"]["network"] == SUBNET  # type: ignore[index]
+
+
+def test_a_link_cut_for_five_seconds_and_healed_costs_no_sample(office: LanCluster) -> None:
+    start_trusting(office)
+    job_id = office.submit(JOB)
+    office.wait_step(job_id, 200)
+    with office.lan.cut_off(2, 5.0):
+        pass
+    check_finished(office, job_id)
+
+
+def test_training_goes_on_while_the_coordinator_is_cut_off(office: LanCluster) -> None:
+    start_trusting(office)
+    job_id = office.submit(JOB)
+    before = office.wait_step(job_id, 100)
+    (worker,) = office.worker_pids("n1")
+    with office.lan.cut_off(0):
+        until(lambda: worker not in office.worker_pids("n1"), "the group finishes by itself", 120)
+        assert office.show(job_id)["state"] == "RUNNING", "nothing can have arrived"
+    report = check_finished(office, job_id)
+    assert office.show(job_id)["fence"] == before["fence"] == 1
+    assert set(report["nodes"]) == {"n1", "n2"}  # type: ignore[call-overload]
+
+
+def test_the_measured_bandwidth_and_round_trip_are_those_of_the_link(office: LanCluster) -> None:
+    office.lan.shape(1, "100mbit")
+    office.node_on(office.lan[1], "n1")
+
+    def measured() -> dict[str, float] | None:
+        (node,) = office.show_nodes() or [{}]
+        return node if node.get("bandwidth_mbps") and node.get("rtt_s") else None
+
+    node = until(measured, "the link is measured", 60)
+    assert 50 < node["bandwidth_mbps"] < 130, node["bandwidth_mbps"]
+    assert 0 < node["rtt_s"] < 0.1
+    assert "Mbit" in (table := office.hive("nodes").stdout) or "mbps" in table.lower(), table

@@ -1,0 +1,352 @@
+"""A whole cluster in one seed: coordinator, nodes, wires, users and faults, one action at a time.
+
+Deterministic: all chance comes from one random.Random(seed). Faults happen until `faults_s`; then everything is mended
+and the invariants of liveness must come true within `settle_s`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sim_clock import Clock
+from sim_coordinator import Crashed, SimCoordinator
+from sim_invariants import Watch
+from sim_node import MemorySpool, SimNode, Wire
+
+from coordinator.control import events as e
+from coordinator.control.state import Timing
+from coordinator.records import Job
+from coordinator.store.memory import MemoryStore
+from node import agent
+from node.spool import Spool
+from protos import jobspec
+from protos.artifact import Manifest
+from protos.errors import Blame, HiveError
+from protos.ids import Digest, JobId, NodeId
+from protos.states import TERMINAL_JOB_STATES, JobState, Reason
+
+TICK_S = 0.5
+
+
+@dataclass(slots=True)
+class SimJob:
+    total: int
+    nodes_min: int
+    nodes_max: int
+    fails_at: int | None = None
+    refused: bool = False
+    unplaceable: bool = False
+    acknowledged: bool = False
+    asked: str = ""  # the last request that was accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How often things go wrong, per simulated second."""
+
+    cut: float = 0.05
+    duplicate: float = 0.1  # per durable message
+    node_crash: float = 0.02
+    coordinator_crash: float = 0.02
+    freeze: float = 0.02
+    partition: float = 0.02
+    owner: float = 0.01
+    administrator: float = 0.01
+    user: float = 0.03
+
+
+CALM = Faults(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(eq=False)
+class World:
+    seed: int
+    faults: Faults = field(default_factory=Faults)
+    nodes_count: int | None = None
+    jobs_count: int | None = None
+    faults_s: float = 60.0
+    settle_s: float = 400.0
+    spool_folder: Path | None = None
+
+    spec = jobspec.parse({"model": {"source": "model.py:build"}, "data": {"source": "builtin:digits"}})
+    batch = 32
+    digest = Digest("0" * 64)
+    blame = Blame.USER_CODE
+    empty_manifest = Manifest(())
+    timing = Timing(start_s=20.0, hold_s=12.0, stop_s=8.0, reconnect_grace_s=8.0)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.clock = Clock()
+        self.store = MemoryStore(self.clock)
+        self.watch = Watch(self)
+        self.progress: dict[JobId, int] = {}
+        self.partitions: dict[NodeId, float] = {}
+        self.failures: list[Exception] = []
+        self.coordinator: SimCoordinator | None = None
+        self.mended = False
+        count = self.nodes_count or self.random.randint(1, 4)
+        self.nodes = [SimNode(self, NodeId(f"n-{i}"), self._spool(i)) for i in range(count)]
+        self.jobs: dict[JobId, SimJob] = {}
+        for i in range(self.jobs_count or self.random.randint(1, 4)):
+            self.jobs[JobId(f"j-{i}")] = self._job(count)
+
+    def _spool(self, number: int) -> Callable[[], Any]:
+        if self.spool_folder is not None:
+            folder = self.spool_folder / f"n-{number}"
+            return lambda: Spool(folder)
+        kept = MemorySpool(f"s-{number}")
+        return lambda: kept
+
+    def _job(self, nodes: int) -> SimJob:
+        least = self.random.randint(1, nodes)
+        job = SimJob(self.random.randint(1, 60), least, self.random.randint(least, nodes))
+        chance = self.random.random()
+        if chance < 0.08:
+            job.fails_at = self.random.randint(1, job.total)
+        elif chance < 0.12:
+            job.refused = True
+        elif chance < 0.16:
+            job.unplaceable = True
+        return job
+
+    def faulty(self, chance: float) -> bool:
+        return not self.mended and self.faults is not CALM and self.random.random() < chance
+
+    def committed(self, job_id: JobId, step: int) -> None:
+        self.progress[job_id] = max(step, self.progress.get(job_id, 0))
+
+    # ---- the run
+
+    async def run(self) -> None:
+        await self._start_coordinator()
+        for node in self.nodes:
+            node.start()
+        for job_id in self.jobs:
+            self.clock.after(self.random.uniform(0.0, 30.0), lambda job_id=job_id: self._submit(job_id))
+        self._plan_faults()
+        end_s = self.clock.now_s + self.faults_s
+        self.clock.at(end_s, self._mend)
+        limit_s = end_s + self.settle_s
+        while self.clock.now_s < limit_s:
+            action = self.clock.take()
+            try:
+                waiting = action()
+                if waiting is not None:
+                    await waiting
+                if self.coordinator is not None:
+                    self.coordinator.pump()
+            except Crashed:
+                self._crash_coordinator()
+            await self.watch.between_steps()
+            if self.mended and self._quiet():
+                break
+        await self.watch.at_the_end()
+
+    def unfinished(self) -> list[JobId]:
+        assert self.coordinator is not None
+        return [job_id for job_id, job in self.coordinator.controller.state.jobs.items() if not job.ended]
+
+    def _quiet(self) -> bool:
+        if self.coordinator is None or any(not job.acknowledged for job in self.jobs.values()):
+            return False
+        state = self.coordinator.controller.state
+        left = [job for job in state.jobs.values() if not job.ended]
+        if any(job.state is not JobState.PAUSED or self.jobs[job.job_id].asked in ("", "cancel") for job in left):
+            return False
+        return not any(node.workers or node.spool.waiting() or node.state.works for node in self.nodes)
+
+    async def _start_coordinator(self) -> None:
+        made = SimCoordinator(self, self.store)
+        await made.controller.recover()
+        self.coordinator = made
+        self._tick(made)
+
+    def _tick(self, coordinator: SimCoordinator) -> None:
+        async def tick() -> None:
+            if self.coordinator is coordinator:
+                try:
+                    await coordinator.controller.post(e.Ticked())
+                finally:
+                    self._tick(coordinator)
+
+        self.clock.after(TICK_S, tick)
+
+    def _crash_coordinator(self) -> None:
+        crashed, self.coordinator = self.coordinator, None
+        if crashed is not None:
+            for wire in list(crashed.wires.values()):
+                self.cut(wire)
+            self.clock.after(self.random.uniform(0.2, 10.0), self._start_coordinator)
+
+    # ---- the network
+
+    def partitioned(self, node_id: NodeId) -> bool:
+        return self.partitions.get(node_id, 0.0) > self.clock.now_s
+
+    def send_up(self, wire: Wire, message: Any) -> None:
+        if wire.broken:
+            return
+        copies = 2 if hasattr(message, "seq") and self.faulty(self.faults.duplicate) else 1
+        for _ in range(copies):
+            wire.up_s = max(wire.up_s, self.clock.now_s + self.random.uniform(0.001, 0.3))
+            self.clock.at(wire.up_s, lambda: self._arrive(wire, message))
+
+    async def _arrive(self, wire: Wire, message: Any) -> None:
+        if not wire.broken and self.coordinator is wire.coordinator:
+            await wire.coordinator.receive(wire, message)
+
+    def send_down(self, wire: Wire, message: Any) -> None:
+        wire.down_s = max(wire.down_s, self.clock.now_s + self.random.uniform(0.001, 0.3))
+        self.clock.at(
+            wire.down_s,
+            lambda: None if wire.broken else wire.node.when_awake(lambda: wire.node.receive(wire, message)),
+        )
+
+    def cut(self, wire: Wire) -> None:
+        """Everything on its way is lost; each end finds out when it does."""
+        if wire.broken:
+            return
+        wire.broken = True
+
+        async def coordinator_learns() -> None:
+            if self.coordinator is wire.coordinator:
+                await wire.coordinator.gone(wire)
+
+        self.clock.after(self.random.uniform(0.0, 2.0), coordinator_learns)
+        delay_s = self.random.uniform(0.0, 2.0)
+        self.clock.after(delay_s, lambda: wire.node.when_awake(lambda: wire.node.lost_wire(wire)))
+
+    # ---- users
+
+    async def _submit(self, job_id: JobId) -> None:
+        """A client that repeats until it is told that the job is safe."""
+        if self.jobs[job_id].acknowledged:
+            return
+        coordinator = self.coordinator
+        if coordinator is not None and not self.faulty(0.1):
+            self.clock.after(1.0, lambda: self._submit(job_id))
+            known = await coordinator.store.job_by_idempotency_key(job_id)
+            if known is None:
+                now_s = self.clock.now_s
+                record = Job(
+                    job_id, "job", "somebody", JobState.SUBMITTED, Reason.NONE, b"{}", now_s, now_s,
+                    idempotency_key=job_id,
+                )  # fmt: skip
+                await coordinator.controller.submit(record)
+            self.jobs[job_id].acknowledged = True
+        else:
+            self.clock.after(1.0, lambda: self._submit(job_id))
+
+    def with_profile(self, record: Job) -> Job:
+        return replace(record, profile_json=b"{}")
+
+    async def _user(self, action: str | None = None) -> None:
+        job_id = self.random.choice(list(self.jobs))
+        job = self.jobs[job_id]
+        if self.coordinator is None or not job.acknowledged:
+            return
+        stored = await self.store.job(job_id)
+        over = stored is not None and stored.state in TERMINAL_JOB_STATES
+        action = action or self.random.choice(["pause", "pause", "resume", "resume", "cancel"])
+        before, job.asked = job.asked, f"perhaps {action}"  # when the coordinator dies before it answers
+        refused = await self.coordinator.user(job_id, action)
+        job.asked = before if refused or over else "" if action == "resume" else action
+
+    # ---- faults
+
+    def _plan_faults(self) -> None:
+        self._often(self.faults.cut, self._cut_one)
+        self._often(self.faults.node_crash, self._kill_node)
+        self._often(self.faults.coordinator_crash, self._arm_crash)
+        self._often(self.faults.freeze, self._freeze_node)
+        self._often(self.faults.partition, self._partition)
+        self._often(self.faults.owner, self._owner)
+        self._often(self.faults.administrator, self._administrator)
+        self._often(self.faults.user, self._user)
+
+    def _often(self, per_s: float, action: Callable[[], Any]) -> None:
+        when_s = self.random.expovariate(per_s) if per_s else self.faults_s
+        while when_s < self.faults_s:
+            self.clock.after(when_s, action)
+            when_s += self.random.expovariate(per_s)
+
+    def _cut_one(self) -> None:
+        node = self.random.choice(self.nodes)
+        if node.dialled is not None:
+            self.cut(node.dialled)
+
+    def _kill_node(self) -> None:
+        node = self.random.choice(self.nodes)
+        if node.up:
+            node.kill()
+            self.clock.after(self.random.uniform(0.3, 15.0), lambda: None if node.up else node.start())
+
+    def _arm_crash(self) -> None:
+        if self.coordinator is not None:
+            when = self.random.choice(["now", "before", "after"])
+            if when == "now":
+                raise Crashed
+            self.coordinator.store.armed = when
+
+    def _freeze_node(self) -> None:
+        node = self.random.choice(self.nodes)
+        if node.up and not node.frozen:
+            node.freeze()
+            self.clock.after(self.random.uniform(1.0, 20.0), node.thaw)
+
+    def _partition(self) -> None:
+        node = self.random.choice(self.nodes)
+        self.partitions[node.node_id] = self.clock.now_s + self.random.uniform(0.5, 15.0)
+        if node.dialled is not None:
+            self.cut(node.dialled)
+
+    def _owner(self) -> None:
+        node = self.random.choice(self.nodes)
+        if node.up and not node.frozen:
+            node.apply(agent.OwnerAsked(self.random.choice(["pause", "drain"]), "the owner plays a game"))
+            self.clock.after(self.random.uniform(1.0, 20.0), lambda: self._owner_resumes(node))
+
+    def _owner_resumes(self, node: SimNode) -> None:
+        if node.up:
+            node.when_awake(lambda: node.apply(agent.OwnerAsked("resume", "")))
+
+    async def _administrator(self) -> None:
+        node = self.random.choice(self.nodes)
+        action = self.random.choice(["cordon", "drain", "uncordon", "remove"])
+        await self._control(node, action)
+
+    async def _control(self, node: SimNode, action: str) -> None:
+        if self.coordinator is None:
+            return
+        try:
+            await self.coordinator.controller.post(e.NodeControlled(node.node_id, action))
+        except HiveError:
+            return  # not a member yet
+        if action == "remove" and (session := self.coordinator.sessions.get(node.node_id)) is not None:
+            session.close()
+
+    async def _mend(self) -> None:
+        """From here on nothing fails any more."""
+        self.mended = True
+        self.partitions.clear()
+        if self.coordinator is not None:
+            self.coordinator.store.armed = None
+        for node in self.nodes:
+            if node.frozen:
+                node.thaw()
+            if not node.up:
+                node.start()
+            self._owner_resumes(node)
+        self.clock.after(1.0, self._uncordon)
+
+    async def _uncordon(self) -> None:
+        if self.coordinator is None:
+            self.clock.after(1.0, self._uncordon)
+            return
+        for node in self.nodes:
+            await self._control(node, "uncordon")
