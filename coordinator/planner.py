@@ -20,9 +20,10 @@ from qtable.backoff import residuals
 from qtable.policy import FAR, Ledger, choose
 from qtable.state import Observation, StateKey
 from qtable.table import QTable
-from strategies.base import NOT_BUILT, Inputs, PlacedEstimate, registry
+from strategies.base import NOT_BUILT, Inputs, PlacedEstimate
 from strategies.cost import assumed_rows, assumed_steps
 from strategies.links import median_rtt_s
+from strategies.registry import BUILT
 
 RENDEZVOUS = "store over the session stream"
 RETRIES = 3
@@ -97,7 +98,7 @@ def placeable_when_idle(spec: JobSpec, profile: ModelProfile, data: DataProfile,
         replace(node, activity=Activity.IDLE) if node.activity is Activity.BUSY else node for node in cluster.nodes
     )
     inputs = Inputs(spec, profile, data, replace(cluster, nodes=idle))
-    wanted = [s for name, s in registry().items() if spec.strategy in ("auto", name.value)]
+    wanted = [s for name, s in BUILT.items() if spec.strategy in ("auto", name.value)]
     return any(not strategy.feasible(inputs) for strategy in wanted)
 
 
@@ -112,11 +113,10 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
     )
     key = observation.key
     learned = residuals(table, key)
-    built = registry()
     placed: dict[str, PlacedEstimate] = {}
     reasons: dict[str, tuple[str, ...]] = {}
     for name in StrategyName:
-        strategy = built.get(name)
+        strategy = BUILT.get(name)
         reasons[name.value] = (NOT_BUILT,) if strategy is None else strategy.feasible(inputs)
         if strategy is not None and not reasons[name.value]:
             placed[name.value] = strategy.estimate(inputs)
@@ -160,7 +160,7 @@ def _forced(considered: Consideration, strategy: str, why: str, plan_id: PlanId 
 
 def _plan(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
     inputs, placed = considered.inputs, considered.placed[strategy]
-    subtasks = registry()[StrategyName(strategy)].decompose(inputs, placed)
+    subtasks = BUILT[StrategyName(strategy)].decompose(inputs, placed)
     return Plan(
         id=plan_id or new_plan_id(),
         strategy=strategy,

@@ -200,7 +200,7 @@ def _offered(state: State, task: Task) -> Decision:
     if known is not None:
         return Decision(state, (), "offered before")
     if task.fence <= state.fences.get(task.job_id, Fence(0)):
-        return Decision(state, (), f"fence {task.fence} is older than what was seen")
+        return _refuse(state, task, Reason.PEER_LOST, f"fence {task.fence} was stopped or replaced before it came")
     if state.paused or state.draining:
         return _refuse(state, task, Reason.NODE_LEFT, state.paused or state.draining)
     others = [work for work in state.works.values() if work.phase is not Phase.ENDED]

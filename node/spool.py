@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from protos.gen import membership_pb2 as pb
 from protos.ids import JobId, new_spool_id
@@ -36,8 +37,8 @@ class Spool:
             self.spool_id = name.read_text().strip()
         else:
             self.spool_id = new_spool_id()
-            name.write_text(self.spool_id + "\n")
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # numbered under a name that is gone: it cannot be sent any more
+            _write_whole(name, (self.spool_id + "\n").encode())
         self._waiting: deque[pb.Durable] = deque()
         self._log_bytes = 0
         self._seq = 0
@@ -45,10 +46,11 @@ class Spool:
             self._seq = max(self._seq, message.seq)
             if message.WhichOneof("body") is not None:  # without a body: the last number used before a compaction
                 self._waiting.append(message)
+                self._log_bytes += _output_bytes(message)
         self._file = self._path.open("ab")
 
     def _load(self) -> list[pb.Durable]:
-        """All whole records; a torn tail (killed while writing) is cut off."""
+        """All whole records; a torn tail (killed while writing, or the machine died) is cut off."""
         if not self._path.exists():
             return []
         content = self._path.read_bytes()
@@ -59,7 +61,11 @@ class Spool:
             end = position + _LENGTH.size + length
             if end > len(content):
                 break
-            messages.append(pb.Durable.FromString(content[position + _LENGTH.size : end]))
+            try:
+                messages.append(pb.Durable.FromString(content[position + _LENGTH.size : end]))
+            except DecodeError:
+                log.warning("the spool is damaged: what follows is given up", at=position, bytes=len(content))
+                break
             position = end
         if position < len(content):
             os.truncate(self._path, position)
@@ -68,13 +74,12 @@ class Spool:
     def append(self, message: pb.Durable) -> pb.Durable | None:
         """The message with its number, or None when it is output and too much of it waits already."""
         kind = message.WhichOneof("body")
-        size = message.ByteSize()
-        if kind == "logs":
-            if self._log_bytes + size > MAX_WAITING_LOG_BYTES:
-                return None
-            self._log_bytes += size
+        message.seq = self._seq + 1
+        size = _output_bytes(message)
+        if size and self._log_bytes + size > MAX_WAITING_LOG_BYTES:
+            return None
+        self._log_bytes += size
         self._seq += 1
-        message.seq = self._seq
         self._write(message)
         if kind in _SYNCED:
             self._file.flush()
@@ -87,8 +92,7 @@ class Spool:
         done: list[pb.Durable] = []
         while self._waiting and self._waiting[0].seq <= seq:
             message = self._waiting.popleft()
-            if message.WhichOneof("body") == "logs":
-                self._log_bytes -= message.ByteSize()
+            self._log_bytes -= _output_bytes(message)
             done.append(message)
         if done and (not self._waiting or self._file.tell() > _COMPACT_BYTES):
             self._compact()
@@ -107,7 +111,7 @@ class Spool:
             message for message in self._waiting if message.job_id != job_id or message.WhichOneof("body") in _SYNCED
         ]
         self._waiting = deque(kept)
-        self._log_bytes = sum(m.ByteSize() for m in kept if m.WhichOneof("body") == "logs")
+        self._log_bytes = sum(_output_bytes(message) for message in kept)
 
     def close(self) -> None:
         self._file.close()
@@ -119,12 +123,22 @@ class Spool:
 
     def _compact(self) -> None:
         """Rewrite the file with what still waits and the number reached; atomic."""
-        temporary = self._path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            for message in (pb.Durable(seq=self._seq), *self._waiting):
-                content = message.SerializeToString()
-                file.write(_LENGTH.pack(len(content)) + content)
-            file.flush()
+        contents = [message.SerializeToString() for message in (pb.Durable(seq=self._seq), *self._waiting)]
         self._file.close()
-        temporary.replace(self._path)
+        _write_whole(self._path, b"".join(_LENGTH.pack(len(content)) + content for content in contents))
         self._file = self._path.open("ab")
+
+
+def _output_bytes(message: pb.Durable) -> int:
+    """What counts against MAX_WAITING_LOG_BYTES: output only, results never."""
+    return message.ByteSize() if message.WhichOneof("body") == "logs" else 0
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """The file is as before or as given, whatever is killed; on disk, because results may be in it."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,12 +1,11 @@
 """What every strategy answers before anything runs: may it, what would it cost, and how is the job cut.
 
-Owns the protocol, the question put to a strategy and the registry of those that are built. Plain python: the half that
+Owns the protocol and the question put to a strategy. Plain python: the half that
 runs is in *_torch.py files. Invariant: a strategy that has no reason against a job can estimate and decompose it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -95,15 +94,6 @@ class Strategy(Protocol):
     def estimate(self, inputs: Inputs) -> PlacedEstimate: ...
 
     def decompose(self, inputs: Inputs, placed: PlacedEstimate) -> tuple[PlannedSubtask, ...]: ...
-
-
-def registry() -> Mapping[StrategyName, Strategy]:
-    """The strategies that are built. A name of StrategyName that is missing here is NOT_BUILT."""
-    from strategies.data_parallel import DataParallel  # here, because both import this file
-    from strategies.single_node import SingleNode
-
-    built: tuple[Strategy, ...] = (DataParallel(), SingleNode())
-    return {strategy.name: strategy for strategy in built}
 
 
 def train_subtasks(inputs: Inputs, placed: PlacedEstimate, synchronization: str) -> tuple[PlannedSubtask, ...]:

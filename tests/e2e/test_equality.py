@@ -58,12 +58,8 @@ def plain_torch(spec: JobSpec) -> tuple[list[float], dict[str, Tensor], list[int
         epoch, position = divmod(step, per_epoch)
         order = epoch_order(data, spec.train.seed, epoch, spec.train.shuffle)
         batch = data.batch(order.batch(position, spec.train.batch_size))
-        features = torch.from_numpy(np.ascontiguousarray(batch.features))
-        if spec.train.loss == "causal_lm":
-            logits = model(features[:, :-1])
-            loss = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), features[:, 1:].reshape(-1))
-        else:
-            loss = functional.cross_entropy(model(features), torch.from_numpy(batch.target))
+        features, target = torch.from_numpy(np.ascontiguousarray(batch.features)), torch.from_numpy(batch.target)
+        loss = functional.cross_entropy(model(features).flatten(0, -2), target.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,9 +12,10 @@ from protos.jobspec import StrategyName, parse
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
 from protos.plan import ClusterView, DataProfile, NodeView
 from protos.states import Activity, Eligibility, NodeLink
-from strategies.base import Inputs, registry
+from strategies.base import Inputs
 from strategies.data_parallel import DataParallel
 from strategies.links import link_between, median_rtt_s, trusted_groups
+from strategies.registry import BUILT
 from strategies.single_node import SingleNode
 
 GIB = 1024**3
@@ -53,8 +54,8 @@ def ask(*nodes: NodeView, profile: ModelProfile | None = None, data: DataProfile
 
 
 def test_the_strategies_that_are_built_are_registered_under_their_names() -> None:
-    assert set(registry()) == {StrategyName.SINGLE_NODE, StrategyName.DATA_PARALLEL}
-    assert all(strategy.name is name for name, strategy in registry().items())
+    assert set(BUILT) == {StrategyName.SINGLE_NODE, StrategyName.DATA_PARALLEL}
+    assert all(strategy.name is name for name, strategy in BUILT.items())
 
 
 def test_single_node_takes_the_node_that_finishes_first_not_the_one_with_most_flops() -> None:
@@ -200,7 +201,7 @@ def test_a_group_that_cannot_reach_the_newest_state_is_no_group() -> None:
 
 def test_a_model_that_cannot_be_trained_is_refused_with_its_own_reason() -> None:
     profile = replace(model(), trainable=False, why_not="GGUF is for inference")
-    for strategy in registry().values():
+    for strategy in BUILT.values():
         assert strategy.feasible(ask(node("a"), node("b"), profile=profile)) == ("GGUF is for inference",)
 
 
