@@ -33,8 +33,8 @@ class JobFolders:
         return folder
 
     def append_metrics(self, job_id: JobId, metrics: Iterable[Metrics]) -> None:
-        lines = "".join(json.dumps(documents.plain(record)) + "\n" for record in metrics)
-        self._append(self.folder(job_id) / "metrics.jsonl", lines.encode())
+        lines = b"".join(documents.encode(record) + b"\n" for record in metrics)  # a loss that is no number is null
+        self._append(self.folder(job_id) / "metrics.jsonl", lines)
 
     def append_log(self, job_id: JobId, rank: int, lines: Iterable[str]) -> None:
         """Up to MAX_LOG_BYTES per rank; then one line says that the rest was dropped."""

@@ -14,6 +14,7 @@ from protos import limits
 from protos.errors import DeadlineExceeded, ErrorCode, Exhausted, HiveError
 from protos.ids import Fence, JobId
 
+_KEYLESS = frozenset({"check", "wait", "num_keys"})
 _NOT_IDEMPOTENT = frozenset({"add", "compare_set", "delete_key"})
 
 
@@ -79,6 +80,8 @@ class Rendezvous:
         amount: int,
         timeout_s: float,
     ) -> tuple[bytes, int]:
+        if not keys and operation not in _KEYLESS:
+            raise HiveError(f"store operation {operation!r} without a key", code=ErrorCode.USAGE)
         key = keys[0] if keys else ""
         match operation:
             case "set":

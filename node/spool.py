@@ -38,7 +38,7 @@ class Spool:
         else:
             self.spool_id = new_spool_id()
             self._path.unlink(missing_ok=True)  # numbered under a name that is gone: it cannot be sent any more
-            _write_whole(name, (self.spool_id + "\n").encode())
+            _write_whole(name, (self.spool_id + "\n").encode(), sync=True)
         self._waiting: deque[pb.Durable] = deque()
         self._log_bytes = 0
         self._seq = 0
@@ -88,7 +88,11 @@ class Spool:
         return message
 
     def acknowledge(self, seq: int) -> list[pb.Durable]:
-        """Forget everything up to `seq`; returns what was forgotten, in order."""
+        """Forget everything up to `seq`; returns what was forgotten, in order.
+
+        A machine that lost its power may have lost numbers it had used: what the coordinator has counts.
+        """
+        self._seq = max(self._seq, seq)
         done: list[pb.Durable] = []
         while self._waiting and self._waiting[0].seq <= seq:
             message = self._waiting.popleft()
@@ -125,7 +129,8 @@ class Spool:
         """Rewrite the file with what still waits and the number reached; atomic."""
         contents = [message.SerializeToString() for message in (pb.Durable(seq=self._seq), *self._waiting)]
         self._file.close()
-        _write_whole(self._path, b"".join(_LENGTH.pack(len(content)) + content for content in contents))
+        whole = b"".join(_LENGTH.pack(len(content)) + content for content in contents)
+        _write_whole(self._path, whole, sync=bool(self._waiting))
         self._file = self._path.open("ab")
 
 
@@ -134,11 +139,12 @@ def _output_bytes(message: pb.Durable) -> int:
     return message.ByteSize() if message.WhichOneof("body") == "logs" else 0
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """The file is as before or as given, whatever is killed; on disk, because results may be in it."""
+def _write_whole(path: Path, content: bytes, sync: bool) -> None:
+    """The file is as before or as given, whatever is killed; `sync` also when the machine dies."""
     temporary = path.with_name(path.name + ".new")
     with temporary.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     temporary.replace(path)

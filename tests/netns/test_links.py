@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,11 +45,11 @@ def start_trusting(office: LanCluster) -> None:
     office.wait_ready(2)
 
 
-def check_finished(office: LanCluster, job_id: str, steps: int = STEPS, samples: int = SAMPLES) -> dict[str, object]:
+def check_finished(office: LanCluster, job_id: str, steps: int = STEPS, samples: int = SAMPLES) -> dict[str, Any]:
     job = office.wait(job_id, 200)
     assert job["state"] == "SUCCEEDED", job
     assert (job["step"], job["samples"]) == (steps, samples)
-    report: dict[str, object] = json.loads(office.artifact(job_id, "report.json").read_text())
+    report: dict[str, Any] = json.loads(office.artifact(job_id, "report.json").read_text())
     return report
 
 
@@ -75,9 +77,9 @@ def test_two_machines_train_together_over_the_lan_both_named(office: LanCluster)
         assert connections(worker) == {(own, other)}
         assert listening(office.nodes[name].pid) == set(), "a node daemon listens nowhere"
     report = check_finished(office, job_id)
-    shares = {name: used["samples"] for name, used in report["nodes"].items()}  # type: ignore[attr-defined]
+    shares = {name: used["samples"] for name, used in report["nodes"].items()}
     assert set(shares) == {"n1", "n2"} and all(shares.values()) and sum(shares.values()) == SAMPLES
-    assert report["plan"]["network"] == SUBNET  # type: ignore[index]
+    assert SUBNET in json.dumps(report["plan"])
 
 
 def test_a_link_cut_for_five_seconds_and_healed_costs_no_sample(office: LanCluster) -> None:
@@ -92,14 +94,27 @@ def test_a_link_cut_for_five_seconds_and_healed_costs_no_sample(office: LanClust
 def test_training_goes_on_while_the_coordinator_is_cut_off(office: LanCluster) -> None:
     start_trusting(office)
     job_id = office.submit(JOB)
-    before = office.wait_step(job_id, 100)
+    office.wait_step(job_id, 100)
+    with office.lan.cut_off(0, 8.0):
+        cut_s = time.time()
+    healed_s = time.time()
+    report = check_finished(office, job_id)
+    assert office.show(job_id)["fence"] == 1
+    assert set(report["nodes"]) == {"n1", "n2"}
+    lines = [json.loads(line) for line in office.artifact(job_id, "metrics.jsonl").read_text().splitlines()]
+    meanwhile = [line["step"] for line in lines if cut_s + 1 < line["time"] < healed_s - 1]
+    assert len(meanwhile) > 20, "steps were committed during the outage, and their records arrived after it"
+
+
+def test_a_group_that_finishes_while_nobody_hears_it_delivers_its_result_later(office: LanCluster) -> None:
+    start_trusting(office)
+    job_id = office.submit(JOB)
+    office.wait_step(job_id, 100)
     (worker,) = office.worker_pids("n1")
     with office.lan.cut_off(0):
         until(lambda: worker not in office.worker_pids("n1"), "the group finishes by itself", 120)
-        assert office.show(job_id)["state"] == "RUNNING", "nothing can have arrived"
-    report = check_finished(office, job_id)
-    assert office.show(job_id)["fence"] == before["fence"] == 1
-    assert set(report["nodes"]) == {"n1", "n2"}  # type: ignore[call-overload]
+    check_finished(office, job_id)
+    assert office.show(job_id)["fence"] == 1, "nothing was trained twice"
 
 
 def test_the_measured_bandwidth_and_round_trip_are_those_of_the_link(office: LanCluster) -> None:
@@ -113,4 +128,4 @@ def test_the_measured_bandwidth_and_round_trip_are_those_of_the_link(office: Lan
     node = until(measured, "the link is measured", 60)
     assert 50 < node["bandwidth_mbps"] < 130, node["bandwidth_mbps"]
     assert 0 < node["rtt_s"] < 0.1
-    assert "Mbit" in (table := office.hive("nodes").stdout) or "mbps" in table.lower(), table
+    assert "MBIT/S" in office.hive("nodes").stdout

@@ -28,13 +28,14 @@ def diverges() -> nn.Module:
 
 
 class TinyGPT(nn.Module):
-    """One block over bytes [N, length], without dropout."""
+    """One block over bytes [N, length], without dropout, and without biases: the gradient of a key's bias is rounding
+    noise (softmax takes it out), which Adam would blow up to whole steps."""
 
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
         self.token = nn.Embedding(256, width)
         self.position = nn.Embedding(length, width)
-        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True, bias=False)
         self.head = nn.Linear(width, 256)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
