@@ -40,9 +40,9 @@ def step(state: State, event: e.Event, now_s: float, plan_for: e.PlanFor, timing
 def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
     match event:
         case e.Submitted():
-            job = JobView(job_id=event.job_id, order=event.order)
-            job = to(job, JobState.PLANNING, Reason.IDENTIFYING, "identifying the model")
-            return state.with_job(job), [e.Identify(event.job_id)], "submitted"
+            new = JobView(job_id=event.job_id, order=event.order)
+            new = to(new, JobState.PLANNING, Reason.IDENTIFYING, "identifying the model")
+            return state.with_job(new), [e.Identify(event.job_id)], "submitted"
         case e.Identified():
             job = state.jobs.get(event.job_id)
             if job is None or job.ended:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,17 +174,32 @@ class Cluster:
                 shutil.copytree(measured, self.calibration, dirs_exist_ok=True)
         return ready
 
-    def hive(self, *arguments: str, check: bool = True, deadline_s: float = 180.0) -> subprocess.CompletedProcess[str]:
+    def hive(
+        self, *arguments: str, check: bool = True, deadline_s: float = 180.0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`hive` as the coordinator's owner; `environment` changes that."""
+        command = ["coordinator.cli.main", *arguments]
+        return self.run(command, {**self.environment(self.home), **environment}, check, deadline_s)
+
+    def hive_node(
+        self, name: str, *arguments: str, check: bool = True, deadline_s: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
+        """`hive-node` as the owner of a node."""
+        return self.run(["node.cli", *arguments], self.environment(self.folder / name), check, deadline_s)
+
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], check: bool = True, deadline_s: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, "-m", "coordinator.cli.main", *arguments],
-            env=self.environment(self.home),
+            [sys.executable, "-m", *command],
+            env=dict(environment),
             capture_output=True,
             text=True,
             timeout=deadline_s,
             check=False,
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"hive {' '.join(arguments)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
     def ask(self, *arguments: str, check: bool = True, deadline_s: float = 180.0) -> dict[str, Any]:
@@ -222,6 +237,24 @@ class Cluster:
         """The job's document once it has ended, however it ended."""
         self.hive("wait", job_id, check=False, deadline_s=deadline_s)
         return self.show(job_id)
+
+    def wait_state(self, job_id: str, *states: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
+        def reached() -> dict[str, Any] | None:
+            job = self.show(job_id)
+            return job if job["state"] in states else None
+
+        found: dict[str, Any] = until(reached, f"{job_id} is {' or '.join(states)}", deadline_s)
+        return found
+
+    def events(self, *flags: str) -> list[dict[str, Any]]:
+        """The event log."""
+        lines = self.hive("events", *flags, "-o", "json").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
+    def metrics(self, job_id: str) -> list[dict[str, Any]]:
+        """The training records of metrics.jsonl."""
+        lines = self.artifact(job_id, "metrics.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if line["stage"] == "train"]
 
     def artifact(self, job_id: str, name: str) -> Path:
         folder = self.folder / "results" / job_id

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from tests.e2e.cluster import CALIBRATION, Cluster, Process
 from tests.netns.machines import Lan, Machine
@@ -16,16 +16,18 @@ from tests.netns.machines import Lan, Machine
 class LanCluster(Cluster):
     lan: Lan = field(default_factory=lambda: Lan(""))
     host: str = "0.0.0.0"
+    prefix: list[str] = field(default_factory=list)  # of the machine where the CLI runs
 
     def coordinator_on(self, machine: Machine, *flags: str) -> None:
-        self._prefix = machine.prefix
+        self.prefix = machine.prefix
         self.start_coordinator(*(flags or ("--advertise",)), prefix=machine.prefix)
 
     def node_on(self, machine: Machine, name: str, *flags: str) -> Process:
-        return self.start_node(name, 1, "2GiB", *(flags or ("--no-advertise",)), prefix=machine.prefix)
+        """With the token and the coordinator's address."""
+        return self.start_node(name, 1, "2GiB", *("--no-advertise", *flags), prefix=machine.prefix)
 
     def machine_on(self, machine: Machine, name: str, *flags: str) -> Process:
-        """`hive-node start` with exactly these flags, beside what a test needs."""
+        """`hive-node start` with exactly these flags beside its caps: neither a token nor an address."""
         home = self.folder / name
         if self.calibration is not None and self.calibration.exists() and not (home / CALIBRATION).exists():
             shutil.copytree(self.calibration, home / CALIBRATION)
@@ -36,20 +38,17 @@ class LanCluster(Cluster):
         node.start()
         return node
 
-    def hive(self, *arguments: str, check: bool = True, deadline_s: float = 180.0) -> subprocess.CompletedProcess[str]:
-        return self.run_on(self._prefix, ["coordinator.cli.main", *arguments], self.home, check, deadline_s)
-
-    def run_on(
-        self, prefix: list[str], module: list[str], home: Path, check: bool, deadline_s: float
+    def run(
+        self, command: Sequence[str], environment: Mapping[str, str], check: bool = True, deadline_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*prefix, sys.executable, "-m", *module],
-            env=self.environment(home),
+            [*self.prefix, sys.executable, "-m", *command],
+            env=dict(environment),
             capture_output=True,
             text=True,
             timeout=deadline_s,
             check=False,
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"{' '.join(module)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(f"{' '.join(command)}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

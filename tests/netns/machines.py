@@ -7,13 +7,15 @@ own network is never touched. Addresses may repeat between runs: no two LANs are
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import os
 import secrets
 import shutil
+import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,8 +92,11 @@ class Lan:
 
 
 @contextlib.contextmanager
-def lan(machines: int, interfaces: tuple[str, ...] = ()) -> Iterator[Lan]:
-    """So many machines at 10.78.0.11 and up, their interface called e0 unless `interfaces` says otherwise."""
+def lan(machines: int, interfaces: tuple[str, ...] = (), before: Mapping[int, str] | None = None) -> Iterator[Lan]:
+    """So many machines at 10.78.0.11 and up, their interface called e0 unless `interfaces` says otherwise.
+
+    `before`: another address of a machine's interface, which the system then lists first.
+    """
     tag = f"hx{os.getpid():x}n{next(_RUNS)}{secrets.token_hex(2)}"
     made = Lan(f"{tag}-switch")
     created: list[str] = []
@@ -105,7 +110,7 @@ def lan(machines: int, interfaces: tuple[str, ...] = ()) -> Iterator[Lan]:
             machine = Machine(f"{tag}-{number}", interface, f"10.78.0.{11 + number}", f"port{number}")
             run("ip", "netns", "add", machine.namespace)
             created.append(machine.namespace)
-            _plug(made.switch, machine)
+            _plug(made.switch, machine, (before or {}).get(number))
             made.machines.append(machine)
         yield made
     finally:
@@ -114,12 +119,13 @@ def lan(machines: int, interfaces: tuple[str, ...] = ()) -> Iterator[Lan]:
                 run("ip", "netns", "del", namespace)
 
 
-def _plug(switch: str, machine: Machine) -> None:
+def _plug(switch: str, machine: Machine, before: str | None) -> None:
     there = ("ip", "-n", machine.namespace)
     peer = ("peer", "name", machine.interface, "netns", machine.namespace)
     run("ip", "-n", switch, "link", "add", machine.port, "type", "veth", *peer)
     run("ip", "-n", switch, "link", "set", machine.port, "master", "lan", "up")
-    run(*there, "addr", "add", f"{machine.address}/24", "dev", machine.interface)
+    for address in filter(None, (before, f"{machine.address}/24")):
+        run(*there, "addr", "add", address, "dev", machine.interface)
     run(*there, "link", "set", machine.interface, "up")
     run(*there, "link", "set", "lo", "up")
 
@@ -154,9 +160,6 @@ def _sockets(pid: int) -> list[tuple[_End, _End, str]]:
 
 def _end(text: str) -> _End:
     """An address of /proc/net/tcp: 32-bit words in host order."""
-    import ipaddress
-    import struct
-
     address, _, port = text.partition(":")
     words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
     parsed = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))

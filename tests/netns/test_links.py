@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def network() -> Iterator[Lan]:
-    """The coordinator's machine, and two that are to train: their interfaces have unlike names."""
-    with lan(3, ("e0", "e0", "wan7")) as made:
+    """The coordinator's machine, and two that are to train: unlike names, and one has another network's address first."""
+    with lan(3, ("e0", "e0", "wan7"), before={2: "10.79.0.1/24"}) as made:
         yield made
 
 
@@ -40,8 +40,8 @@ def office(network: Lan, tmp_path: Path, calibration: Path) -> Iterator[LanClust
 
 
 def start_trusting(office: LanCluster) -> None:
-    office.node_on(office.lan[1], "n1", "--no-advertise", "--trusted-lan", "e0")
-    office.node_on(office.lan[2], "n2", "--no-advertise", "--trusted-lan", SUBNET)
+    office.node_on(office.lan[1], "n1", "--trusted-lan", "e0")
+    office.node_on(office.lan[2], "n2", "--trusted-lan", SUBNET)
     office.wait_ready(2)
 
 
@@ -91,30 +91,17 @@ def test_a_link_cut_for_five_seconds_and_healed_costs_no_sample(office: LanClust
     check_finished(office, job_id)
 
 
-def test_training_goes_on_while_the_coordinator_is_cut_off(office: LanCluster) -> None:
+def test_training_goes_on_while_the_coordinator_is_cut_off_and_the_result_arrives_later(office: LanCluster) -> None:
     start_trusting(office)
     job_id = office.submit(JOB)
     office.wait_step(job_id, 100)
-    with office.lan.cut_off(0, 8.0):
-        cut_s = time.time()
-    healed_s = time.time()
-    report = check_finished(office, job_id)
-    assert office.show(job_id)["fence"] == 1
-    assert set(report["nodes"]) == {"n1", "n2"}
-    lines = [json.loads(line) for line in office.artifact(job_id, "metrics.jsonl").read_text().splitlines()]
-    meanwhile = [line["step"] for line in lines if cut_s + 1 < line["time"] < healed_s - 1]
-    assert len(meanwhile) > 20, "steps were committed during the outage, and their records arrived after it"
-
-
-def test_a_group_that_finishes_while_nobody_hears_it_delivers_its_result_later(office: LanCluster) -> None:
-    start_trusting(office)
-    job_id = office.submit(JOB)
-    office.wait_step(job_id, 100)
-    (worker,) = office.worker_pids("n1")
+    workers = {name: office.worker_pids(name) for name in ("n1", "n2")}
     with office.lan.cut_off(0):
-        until(lambda: worker not in office.worker_pids("n1"), "the group finishes by itself", 120)
+        for name, pids in workers.items():
+            until(lambda name=name, pids=pids: pids != office.worker_pids(name), f"{name} trains to its end", 120)  # type: ignore[misc]
+    healed_s = time.monotonic()
     check_finished(office, job_id)
-    assert office.show(job_id)["fence"] == 1, "nothing was trained twice"
+    assert time.monotonic() - healed_s < 30, "what was trained meanwhile is not trained again"
 
 
 def test_the_measured_bandwidth_and_round_trip_are_those_of_the_link(office: LanCluster) -> None:

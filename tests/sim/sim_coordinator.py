@@ -1,4 +1,4 @@
-"""The coordinator of the simulation: the real Controller, MembershipService and Sessions over a store that can crash."""
+"""The coordinator of the simulation: the real Controller and MembershipService over a store that can crash."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ class SimCoordinator:
                 e.Refused(job_id, Reason.MODEL_UNUSABLE, self.world.blame, "not a model", "convert it")
             )
         else:
-            await self.controller.post(
-                e.Identified(job_id), change=lambda record: self.world.with_profile(record)
-            )
+            await self.controller.post(e.Identified(job_id), change=lambda record: self.world.with_profile(record))
 
     async def _forget(self, job_id: JobId) -> None:
         self.controller.forget(job_id)

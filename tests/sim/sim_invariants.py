@@ -27,6 +27,7 @@ class Watch:
         self._jobs: dict[JobId, Job] = {}
         self._attempts: dict[tuple[JobId, Fence, int], AttemptState] = {}
         self._accepted: set[tuple[NodeId, str, int]] = set()
+        self.transitions: set[tuple[JobState | None, JobState]] = set()
 
     def accepted(self, write: Accept) -> None:
         key = (write.node_id, write.spool_id, write.seq)
@@ -35,6 +36,7 @@ class Watch:
 
     def wrote_job(self, job: Job) -> None:
         before = self._jobs.get(job.job_id)
+        self.transitions.add((before.state if before else None, job.state))
         if before is not None:
             what = f"{job.job_id} {before.state}->{job.state}"
             assert job.state is before.state or job.state in JOB_TRANSITIONS[before.state], what
@@ -111,9 +113,9 @@ class Watch:
                 assert job.fails_at is None or job.fails_at > job.total, told
         for node in world.nodes:
             assert not node.spool.waiting(), f"{node.node_id} still waits for acknowledgements"
-            assert not node.state.works or any(w.task.job_id in world.unfinished() for w in node.state.works.values()), (
-                f"{node.node_id} remembers {list(node.state.works)}"
-            )
+            assert not node.state.works or any(
+                w.task.job_id in world.unfinished() for w in node.state.works.values()
+            ), f"{node.node_id} remembers {list(node.state.works)}"
         check = await coordinator.store.verify_chain()
         assert check.broken_at is None, check.message
 

@@ -1,6 +1,6 @@
 """Fake workers with the semantics of a process group: a step is committed only when every rank of the generation lives.
 
-Peers of a lost rank report PEER_LOST with the step they hold; some of them may have committed one step more than others.
+Peers of a lost rank report PEER_LOST with the step they hold; some may have committed one step more than the others.
 A user's mistake ends the job's attempts for good. The rendezvous lives in the coordinator and dies with it.
 """
 
@@ -88,7 +88,9 @@ class Worker:
         self.stop_mode = mode
         if first:
             slow = self.world.random.random() < 0.1
-            self._later(self.world.random.uniform(3.0, 9.0) if slow else self.world.random.uniform(0.02, 0.6), self._leave)
+            self._later(
+                self.world.random.uniform(3.0, 9.0) if slow else self.world.random.uniform(0.02, 0.6), self._leave
+            )
 
     def _leave(self) -> None:
         if self.delivering:
