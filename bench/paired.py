@@ -67,7 +67,7 @@ def compare(rounds: Sequence[Round], seed: int = 0) -> Comparison:
 
 
 def estimate(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """The median with its percentile bootstrap interval (Efron 1979) at CONFIDENCE. Raises ValueError without values."""
+    """The median with its percentile bootstrap interval (Efron 1979) at CONFIDENCE. ValueError without values."""
     if not values:
         raise ValueError("no values to summarise")
     draw = random.Random(seed)

@@ -65,20 +65,20 @@ def idle_daemon(stage: Stage) -> Finding:
 
 
 def heartbeats(stage: Stage) -> Finding:
-    """Sessions are node.session over mutual TLS, each with an enrolled credential of its own; the clock is theirs."""
+    """Sessions are real: mutual TLS, an enrolled credential each, and a heartbeat as often as the coordinator asks."""
     nodes, window_s = stage.either(200, 20), stage.either(60, 5)
     with running(stage.subfolder("heartbeats"), ()) as cluster:
         assert cluster.coordinator is not None  # it was just started
         alone = used_by(cluster.coordinator.pid, SETTLE_S)
         token = cluster.ask("token", "create", "--role", "node", "--uses", "0")["token"]["token"]
-        command = [sys.executable, str(CLIENT), cluster.address, token, str(nodes), str(stage.subfolder("simulated"))]
+        command = [sys.executable, str(CLIENT), cluster.address, token, str(nodes)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=cluster.environment(cluster.home)) as client:
             try:
                 connected_s = _connected(cluster, nodes)
                 time.sleep(SETTLE_S)
                 stage.tell(f"{nodes} nodes are connected; watching the coordinator for {window_s} s")
                 used = used_by(cluster.coordinator.pid, window_s)
-                still = sum(node["link"] == "CONNECTED" for node in cluster.show_nodes())
+                still = _count(cluster)
             finally:
                 client.terminate()
                 client.wait(20)
@@ -95,7 +95,11 @@ def _connected(cluster: Cluster, nodes: int) -> float:
     began = time.monotonic()
 
     def all_here() -> bool:
-        return sum(node["link"] == "CONNECTED" for node in cluster.show_nodes()) >= nodes
+        return _count(cluster) >= nodes
 
     until(all_here, f"{nodes} nodes are connected", 180.0)
     return time.monotonic() - began
+
+
+def _count(cluster: Cluster) -> int:
+    return sum(node["link"] == "CONNECTED" for node in cluster.show_nodes())

@@ -1,69 +1,89 @@
-"""Many nodes in one process that only say they are alive: real enrolment, real sessions, no worker behind them.
+"""Many nodes in one process that only say they are alive: real enrolment, real session streams, no worker behind them.
 
-python bench/simulated_nodes.py HOST:PORT TOKEN NODES FOLDER, until SIGTERM
+python bench/simulated_nodes.py HOST:PORT TOKEN NODES, until SIGTERM. Speaks the protocol itself, so that a node's own
+code is not part of what is measured; a stream that breaks ends the process with an error.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import sys
-from pathlib import Path
+import time
+from typing import Any
 
-from node.session import Session
-from node.spool import Spool
-from protos import documents, enrol, version
+from protos import dial, documents, enrol, version
 from protos.capacity import Capacity
-from protos.credentials import Credential
 from protos.gen import membership_pb2 as pb
+from protos.gen import membership_pb2_grpc
+from protos.ids import new_spool_id
 from protos.states import Activity
 from protos.token import Token, parse_token
 
 AT_ONCE = 8  # enrolments
+GIB = 2**30
 
 
-async def simulate(address: str, token: Token, name: str, folder: Path, gate: asyncio.Semaphore) -> None:
+async def simulate(address: str, token: Token, name: str, gate: asyncio.Semaphore) -> None:
     """One node, until cancelled."""
     async with gate:
         credential = await enrol.enrol(address, token, name)
-    capacity = Capacity(name, name, "simulated", "3", cores=1, cores_total=1, memory_bytes=2**30,
-                        memory_total_bytes=2**30, disk_free_bytes=2**30)  # fmt: skip
-    spool = Spool(folder / name)
-
-    async def current() -> Credential:
-        return credential
-
-    def hello() -> pb.Hello:
-        return pb.Hello(
-            protocol=version.PROTOCOL,
-            minimum_protocol=version.MINIMUM_PROTOCOL,
-            software=version.SOFTWARE,
-            name=name,
-            capacity_json=documents.encode(capacity),
-            spool_id=spool.spool_id,
-            activity=Activity.PAUSED.value,
-            activity_reason="simulated",
-        )
-
-    def beat() -> pb.Heartbeat:
-        return pb.Heartbeat(load=0.0, activity=Activity.PAUSED.value, activity_reason="simulated")
-
-    async def ignore(_: pb.CoordinatorMessage) -> None:
-        return None
-
-    await Session(current, hello, ignore, beat, lambda: None, spool).run()
+    async with dial.channel(credential.session_address, credential) as channel:
+        stub: Any = membership_pb2_grpc.MembershipStub(channel)  # type: ignore[no-untyped-call]
+        stream = stub.Attach()
+        await stream.write(pb.NodeMessage(hello=hello(name)))
+        welcome = (await stream.read()).welcome
+        async with asyncio.TaskGroup() as group:
+            group.create_task(listen(stream, name))
+            group.create_task(beat(stream, welcome.heartbeat_s))
 
 
-async def main(address: str, token: Token, nodes: int, folder: Path) -> None:
+async def listen(stream: Any, name: str) -> None:
+    async for _ in stream:
+        pass
+    raise ConnectionError(f"the coordinator closed the stream of {name}")
+
+
+async def beat(stream: Any, every_s: float) -> None:
+    for number in itertools.count(1):
+        heartbeat = pb.Heartbeat(number=number, sent_s=time.monotonic(), activity=Activity.PAUSED.value)
+        heartbeat.activity_reason = "simulated"
+        await stream.write(pb.NodeMessage(heartbeat=heartbeat))
+        await asyncio.sleep(every_s)
+
+
+def hello(name: str) -> pb.Hello:
+    capacity = Capacity(
+        hostname=name,
+        machine_id=name,
+        platform="simulated",
+        python="3",
+        cores=1,
+        cores_total=1,
+        memory_bytes=GIB,
+        memory_total_bytes=GIB,
+        disk_free_bytes=GIB,
+    )
+    return pb.Hello(
+        protocol=version.PROTOCOL,
+        minimum_protocol=version.MINIMUM_PROTOCOL,
+        software=version.SOFTWARE,
+        name=name,
+        capacity_json=documents.encode(capacity),
+        leases_json=b"[]",
+        spool_id=new_spool_id(),
+        activity=Activity.PAUSED.value,
+        activity_reason="simulated",
+    )
+
+
+async def main(address: str, token: Token, nodes: int) -> None:
     gate = asyncio.Semaphore(AT_ONCE)
-    tasks = [asyncio.create_task(simulate(address, token, f"s{n:03}", folder, gate)) for n in range(nodes)]
-    running = asyncio.gather(*tasks)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    await running
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(simulate(address, token, f"s{number:03}", gate)) for number in range(nodes)]
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: [task.cancel() for task in tasks])
 
 
 if __name__ == "__main__":
-    try:
-        asyncio.run(main(sys.argv[1], parse_token(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
-    except asyncio.CancelledError:
-        sys.exit(0)
+    asyncio.run(main(sys.argv[1], parse_token(sys.argv[2]), int(sys.argv[3])))

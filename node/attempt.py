@@ -1,101 +1,129 @@
 """One attempt on this node, from its files to its last report: what the worker says, passed on in the right order.
 
-Order matters at the end: results and checkpoints are uploaded before the report that names them.
+Invariants: results and checkpoints are uploaded before the report that names them; a stop is heard in every phase, so a
+download of hours does not hold up a drain and a cancelled job sends nothing more; whatever happens the files are put
+away, and `ended` is called once unless the attempt itself is cancelled (the daemon ends, its worker too).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
 from node.exit_report import ExitReport
+from node.faults import CannotWork, failed_outcome, stopped_outcome
 from node.runner import Runner
-from node.session import Session
 from node.store_calls import StoreCalls
 from node.transfers import Transfers
 from node.worker_handle import StoreAnswer, WorkerHandle
 from node.workspace import Workspaces
 from protos import documents
 from protos.artifact import Artifact
-from protos.errors import Blame, ErrorCode, HiveError
+from protos.errors import HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
-from protos.states import AttemptState, Reason, StopMode
-from protos.work import Checkpoint, Fault, Outcome, Progress, Task
+from protos.partial_file import disk_error
+from protos.states import AttemptState, StopMode
+from protos.work import Checkpoint, Outcome, Progress, Task
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 _DRAIN_UPLOAD_S = 60.0
 
 
-class Attempt:
-    """`ready`, `progressed` and `ended` tell the daemon; everything else goes to the coordinator from here."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where on this machine a task runs. `interface`: the address its group binds to."""
 
-    def __init__(
-        self,
-        task: Task,
-        node_name: str,
-        interface: str,
-        threads: int,
-        device: str,
-        runner: Runner,
-        workspaces: Workspaces,
-        transfers: Transfers,
-        store_calls: StoreCalls,
-        session: Session,
-        ready: Callable[[], None],
-        progressed: Callable[[int], None],
-        ended: Callable[[Outcome], None],
-    ) -> None:
+    node_name: str
+    interface: str
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What every attempt on this node uses. `send` puts a message into the spool."""
+
+    runner: Runner
+    workspaces: Workspaces
+    transfers: Transfers
+    store_calls: StoreCalls
+    send: Callable[[pb.Durable], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What the daemon wants to know. `unable`: no worker starts here, whatever the task."""
+
+    ready: Callable[[], None]
+    progressed: Callable[[int], None]
+    ended: Callable[[Outcome], None]
+    unable: Callable[[CannotWork], None]
+
+
+class _Stopped(Exception):
+    """A stop broke off what this attempt was waiting for."""
+
+
+class Attempt:
+    def __init__(self, task: Task, place: Place, tools: Tools, listener: Listener) -> None:
         self.task = task
-        self._node_name = node_name
-        self._where = (interface, threads, device)
-        self._runner = runner
-        self._workspaces = workspaces
-        self._transfers = transfers
-        self._store_calls = store_calls
-        self._session = session
-        self._ready = ready
-        self._progressed = progressed
-        self._ended = ended
+        self._place = place
+        self._tools = tools
+        self._listener = listener
         self._handle: WorkerHandle | None = None
         self._exit: asyncio.Future[ExitReport] = asyncio.get_running_loop().create_future()
         self._artifacts: list[tuple[str, Path]] = []
         self._uploading: asyncio.Task[None] | None = None
         self._stop: StopMode | None = None
-        self._samples = 0
+        self._phase: asyncio.Task[Any] | None = None
+        self._breaks: tuple[StopMode, ...] = ()
 
     async def run(self) -> None:
-        """The whole life; `ended` is called exactly once."""
+        """The whole life."""
         started_s = time.monotonic()
+        job_id = self.task.job_id
         try:
             outcome = await self._live()
+        except _Stopped:
+            outcome = stopped_outcome()
         except HiveError as error:
             outcome = failed_outcome(error)
         except OSError as error:
-            outcome = failed_outcome(HiveError(f"{self._node_name}: {error}", "check the disk: hive-node doctor"))
+            outcome = failed_outcome(disk_error(error, Path(str(error.filename or job_id))))
+        except asyncio.CancelledError:
+            if self._handle is not None:
+                await self._handle.kill()
+            raise
         except Exception as error:
-            log.exception("attempt failed", job=self.task.job_id)
-            what = f"{self._node_name} failed: {type(error).__name__}: {error}"
+            log.exception("attempt failed", job=job_id)
+            what = f"{self._place.node_name} failed: {type(error).__name__}: {error}"
             outcome = failed_outcome(HiveError(what, "see its log"))
-        if self._uploading is not None:
-            self._uploading.cancel()
-        self._workspaces.close_attempt(self.task)
-        log.info("attempt ended", job=self.task.job_id, state=outcome.state, seconds=time.monotonic() - started_s)
-        self._ended(outcome)
+        finally:
+            await self._end_upload()
+            self._tools.workspaces.close_attempt(self.task)
+        log.info("attempt ended", job=job_id, state=outcome.state, seconds=time.monotonic() - started_s)
+        self._listener.ended(outcome)
 
     async def _live(self) -> Outcome:
-        workspace = await self._workspaces.prepare(self.task)
-        if self._stopping() is not None:
-            return failed_outcome(HiveError("stopped before it began", blame=Blame.POLICY))
-        interface, threads, device = self._where
-        self._handle = await self._runner.start(self.task, workspace, interface, threads, device, self._node_name, self)
-        if (mode := self._stopping()) is not None:  # it came while the worker was being started
+        place = self._place
+        workspace = await self._unless(self._tools.workspaces.prepare(self.task), *StopMode)
+        try:
+            self._handle = await self._tools.runner.start(
+                self.task, workspace, place.interface, place.threads, place.device, place.node_name, self
+            )
+        except HiveError as error:
+            self._listener.unable(CannotWork.of(error))
+            raise
+        if (mode := self._stop_mode()) is not None:  # it came while the worker was being started
             await self._handle.stop(mode)
         report = await self._exit
         outcome = report.final_outcome()
@@ -103,44 +131,60 @@ class Attempt:
             peak = max(outcome.usage.peak_memory_bytes, report.peak_memory_bytes)
             outcome = replace(outcome, usage=replace(outcome.usage, peak_memory_bytes=peak))
         if outcome.state is AttemptState.DONE:
-            delivered = [await self._transfers.put_artifact(name, path) for name, path in self._artifacts]
-            return replace(outcome, artifacts=tuple(Artifact(a.name, a.digest, a.bytes) for a in delivered))
-        if self._stopping() is StopMode.PAUSE and outcome.held_step is not None and self.task.rank == 0:
+            return replace(outcome, artifacts=await self._unless(self._deliver(), StopMode.CANCEL))
+        if self._stop_mode() is StopMode.PAUSE and outcome.held_step is not None and self.task.rank == 0:
             await self._hand_over(outcome)
         return outcome
 
+    async def _unless(self, work: Coroutine[Any, Any, T], *modes: StopMode) -> T:
+        """Wait for something that a stop of one of these modes breaks off."""
+        if self._stop in modes:
+            work.close()
+            raise _Stopped
+        task = self._phase = asyncio.create_task(work)
+        self._breaks = modes
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._phase = None
+            task.cancel()
+        if task.cancelled():
+            raise _Stopped
+        return task.result()
+
+    async def _deliver(self) -> tuple[Artifact, ...]:
+        return tuple([await self._tools.transfers.put_artifact(name, path) for name, path in self._artifacts])
+
     async def _hand_over(self, outcome: Outcome) -> None:
         """This node may be gone when the job goes on: leave the newest state with the coordinator, bounded in time."""
-        newest = self._workspaces.newest_checkpoint(self.task.job_id)
+        newest = self._tools.workspaces.newest_checkpoint(self.task.job_id)
         if newest is None:
             return
+        await self._end_upload()
         try:
             async with asyncio.timeout(_DRAIN_UPLOAD_S):
-                await self._upload(newest[1], newest[0], outcome.samples)
-        except (TimeoutError, HiveError) as error:
-            log.warning("checkpoint not handed over", job=self.task.job_id, reason=str(error))
+                await self._unless(self._upload(newest[1], newest[0], outcome.samples), StopMode.CANCEL)
+        except (TimeoutError, HiveError, OSError, _Stopped) as error:
+            log.warning("checkpoint not handed over", job=self.task.job_id, reason=str(error) or type(error).__name__)
 
-    def _stopping(self) -> StopMode | None:
+    def _stop_mode(self) -> StopMode | None:
         return self._stop
 
     async def stop(self, mode: StopMode) -> None:
         self._stop = mode
+        if self._phase is not None and mode in self._breaks:
+            self._phase.cancel()
         if self._handle is not None:
             await self._handle.stop(mode)
-
-    async def kill(self) -> None:
-        if self._handle is not None:
-            await self._handle.kill()
 
     # ---- WorkerHandler
 
     def on_ready(self) -> None:
-        self._ready()
+        self._listener.ready()
 
     def on_progress(self, progress: Progress) -> None:
-        self._samples = progress.samples
-        self._session.send_durable(self._durable(progress_json=documents.encode(progress)))
-        self._progressed(progress.step)
+        self._say(progress_json=documents.encode(progress))
+        self._listener.progressed(progress.step)
 
     def on_checkpoint(self, folder: Path, step: int, samples: int) -> None:
         if self._uploading is None or self._uploading.done():
@@ -152,18 +196,25 @@ class Attempt:
     def on_store_call(
         self, operation: str, keys: Sequence[str], value: bytes, expected: bytes, amount: int, timeout_s: float
     ) -> Awaitable[StoreAnswer]:
-        return self._store_calls.call(
+        return self._tools.store_calls.call(
             self.task.job_id, self.task.fence, operation, keys, value, expected, amount, timeout_s
         )
 
     def on_log(self, lines: list[str]) -> None:
-        self._session.send_durable(self._durable(logs=work_pb2.LogLines(lines=lines)))
+        self._say(logs=work_pb2.LogLines(lines=lines))
 
     def on_exit(self, report: ExitReport) -> None:
         if not self._exit.done():
             self._exit.set_result(report)
 
     # ----
+
+    def _say(self, **body: object) -> None:
+        """Output and metrics; what a full disk does not take is dropped, the training goes on."""
+        try:
+            self._tools.send(self._durable(**body))
+        except OSError as error:
+            log.warning("output dropped", job=self.task.job_id, reason=str(error))
 
     def _durable(self, **body: object) -> pb.Durable:
         return pb.Durable(job_id=self.task.job_id, fence=self.task.fence, rank=self.task.rank, **body)  # type: ignore[arg-type]
@@ -175,22 +226,12 @@ class Attempt:
             log.warning("checkpoint not uploaded", job=self.task.job_id, step=step, reason=str(error))
 
     async def _upload(self, folder: Path, step: int, samples: int) -> None:
-        staging = folder.parent.parent / f"uploading-{self.task.fence}"
-        manifest = await self._transfers.put_folder(folder, staging)
+        staging = self._tools.workspaces.staging_dir(self.task, step)
+        manifest = await self._tools.transfers.put_folder(folder, staging)
         checkpoint = Checkpoint(step, samples, manifest)
-        self._session.send_durable(self._durable(checkpoint_json=documents.encode(checkpoint)))
+        self._tools.send(self._durable(checkpoint_json=documents.encode(checkpoint)))
 
-
-_REASONS = {
-    ErrorCode.DATA_UNUSABLE: (Reason.DATA_UNUSABLE, Blame.USER_CODE, False),
-    ErrorCode.EXHAUSTED: (Reason.DISK_FULL, Blame.NODE, True),
-    ErrorCode.NOT_FOUND: (Reason.DATA_UNUSABLE, Blame.COORDINATOR, False),
-    ErrorCode.UNREACHABLE: (Reason.NODE_LOST, Blame.NETWORK, True),
-    ErrorCode.TIMEOUT: (Reason.NODE_LOST, Blame.NETWORK, True),
-}
-
-
-def failed_outcome(error: HiveError) -> Outcome:
-    reason, blame, retryable = _REASONS.get(error.code, (Reason.INTERNAL, Blame.NODE, True))
-    fault = Fault(reason, error.blame or blame, error.message, error.hint, retryable=retryable)
-    return Outcome(AttemptState.FAILED, fault=fault)
+    async def _end_upload(self) -> None:
+        if self._uploading is not None:
+            self._uploading.cancel()
+            await asyncio.wait({self._uploading})

@@ -1,31 +1,31 @@
-"""The node daemon put together: identity, session, agent, workers, capacity, advertisement, control socket.
+"""The node daemon put together: identity, session, agent, workers, fitness, advertisement, control socket.
 
 Owns no decision: node.agent decides, this performs. Invariants: it never imports torch or numpy; SIGTERM hands over
-what runs and ends within a bound; a second start in the same HIVE_HOME is refused.
+what runs and ends within a bound, a second one at once; a second start in the same HIVE_HOME touches nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import pwd
 import signal
 from collections.abc import Coroutine, Mapping
-from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from node import agent, calibrate, control, networks, probe
-from node.attempt import Attempt, failed_outcome
+from node import agent, control, probe
+from node.attempt import Attempt, Listener, Place, Tools
 from node.cache import BlobCache
-from node.calibration_run import calibrate_machine
+from node.calibrate import CalibrationCache
 from node.config import NodeConfig
 from node.discovery import Advertiser, find_coordinator
 from node.enrolment import Identity, Wanted
 from node.errands import Errands
+from node.faults import CannotWork, failed_outcome
+from node.fitness import Fitness
 from node.runner import Runner, make_runner
 from node.session import Session
 from node.spool import Spool
@@ -48,16 +48,29 @@ from protos.work import HeldLease, Outcome, Task
 log = structlog.get_logger()
 
 _DRAIN_S = 60.0
-_REFRESH_S = 15.0
-_CHANGED = 0.3  # a rate that moved by this share is told to the coordinator
+_DRAIN_ALONE_S = 15.0  # the same without a coordinator: workers write their checkpoint, nothing can be sent
+_GOODBYE_S = 2.0
+_REPORT_AGAIN_S = 1.0
 
 
 async def run(config: NodeConfig) -> None:
     """Until SIGTERM, Ctrl-C or `hive-node leave`. Raises HiveError when this node cannot work at all."""
+    door = _Door()
     async with contextlib.AsyncExitStack() as stack:
-        daemon = await Daemon.open(config, stack)
-        await stack.enter_async_context(control.serve(config.home, daemon.handle_command))
-        await daemon.run()
+        await stack.enter_async_context(control.serve(config.home, door.handle))  # first: it locks the folder
+        door.daemon = await Daemon.open(config, stack)
+        await door.daemon.run()
+
+
+class _Door:
+    """Takes the owner's commands from the first moment on."""
+
+    daemon: Daemon | None = None
+
+    async def handle(self, command: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.daemon is None:
+            raise Conflict("the daemon is starting", "ask again in a moment")
+        return await self.daemon.handle_command(command, arguments)
 
 
 class Daemon:
@@ -66,23 +79,29 @@ class Daemon:
         self._config = config
         self._identity = identity
         self._runner = runner
-        self.capacity = capacity
         self._state = agent.State()
-        self._measuring = "starting"
         self._spool = Spool(folder / "spool")
-        self._session = Session(identity.current, self._hello, self._handle, self._beat, self._connected, self._spool)
-        self._transfers = Transfers(identity.held, config.caps.max_upload_bytes_per_s)
+        self._session = Session(
+            identity.current, self._hello, self._handle, self._delivered, self._beat, self._connected, self._spool
+        )
+        transfers = Transfers(identity.held, config.caps.max_upload_bytes_per_s)
         self._cache = BlobCache(folder / "cache")
-        self._workspaces = Workspaces(folder / "jobs", self._cache, self._transfers.fetch)
+        self._workspaces = Workspaces(folder / "jobs", self._cache, transfers.fetch)
         self._errands = Errands(runner, self._workspaces, config.name)
         self._store_calls = StoreCalls(self._session.send)
-        self._calibrations = calibrate.CalibrationCache(folder / "calibration")
+        self._tools = Tools(runner, self._workspaces, transfers, self._store_calls, self._session.send_durable)
+        calibrations = CalibrationCache(folder / "calibration")
+        self._fitness = Fitness(
+            config, capacity, runner, self._errands, transfers, self._session, calibrations, self._judge
+        )
+        self._unfit = ""
         self._attempts: dict[tuple[JobId, Fence], Attempt] = {}
         self._advertiser: Advertiser | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self._under_way: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
+        self._hurry = False
         self._quiet = asyncio.Event()
-        self._told: Capacity | None = None
         self._node_id = ""
         self._for_good = False
         self._invited: asyncio.Future[Credential] | None = None  # while it waits for a token
@@ -99,38 +118,45 @@ class Daemon:
         token = parse_token(config.token) if config.token else None
         wanted = Wanted(folder / "credential.json", config.name, token, config.coordinator)
         daemon = cls(config, runner, found.capacity, Identity(wanted, _find))
-        stack.push_async_callback(daemon._transfers.close)
+        stack.push_async_callback(daemon._tools.transfers.close)
         return daemon
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        async with contextlib.AsyncExitStack() as stack:
-            if self._config.advertise:
-                self._advertiser = Advertiser(f"hive-{self._spool.spool_id}", self._announcement())
-                await stack.enter_async_context(self._advertiser)
-            if not await self._join():
-                return
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    self._tasks = tasks
-                    session = tasks.create_task(self._session.run())
-                    helpers = [
-                        tasks.create_task(self._measure()),
-                        tasks.create_task(self._refresh()),
-                    ]
-                    await self._until_stopped(session)
-                    for task in (session, *helpers):
-                        task.cancel()
-                    for attempt in list(self._attempts.values()):
-                        await attempt.kill()
-            except* HiveError as group:
-                raise _first(group) from None
-            finally:
-                self._spool.close()
+            loop.add_signal_handler(number, self._asked_to_stop)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                if self._config.advertise:
+                    self._advertiser = Advertiser(f"hive-{self._spool.spool_id}", self._announcement())
+                    await stack.enter_async_context(self._advertiser)
+                if await self._join():
+                    await self._work()
+        finally:
+            self._spool.close()
         if self._for_good:
             (self._config.home / "node" / "credential.json").unlink(missing_ok=True)
+
+    def _asked_to_stop(self) -> None:
+        self._hurry = self._stop.is_set()  # asked before: what is not handed over by now stays here
+        self._stop.set()
+        self._quiet.set()
+
+    async def _work(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                session = tasks.create_task(self._session.run())
+                helpers = [
+                    tasks.create_task(self._fitness.keep_measured()),
+                    tasks.create_task(self._fitness.keep_fresh(self._sweep)),
+                    tasks.create_task(self._keep_announced()),
+                ]
+                await self._until_stopped(session)
+                for task in (session, *helpers, *self._under_way):
+                    task.cancel()
+        except* HiveError as group:
+            raise _first(group) from None
 
     async def _join(self) -> bool:
         """False when the owner stopped it first. Without a token it shows itself on the LAN and waits for its owner."""
@@ -145,7 +171,7 @@ class Daemon:
             except AccessError as error:
                 if self._config.token or self._advertiser is None:
                     raise
-                self._measuring = "not joined yet"
+                self._fitness.obstacle = "not joined yet"
                 log.warning("not joined", reason=error.message, hint=f"{error.hint}; hive nodes --lan there lists us")
                 self._invited = asyncio.get_running_loop().create_future()
                 events: list[asyncio.Future[Any]] = [self._invited, stopped]
@@ -158,8 +184,6 @@ class Daemon:
             stopped.cancel()
             self._invited = None
         self._node_id = credential.id
-        if self._advertiser is not None:
-            await self._advertiser.update(self._announcement())
         log.info("member", node_id=credential.id, coordinator=credential.session_address)
         return True
 
@@ -170,28 +194,35 @@ class Daemon:
         if session.done():
             return  # its exception ends the group
         await self._hand_over("this node is leaving" if self._for_good else "this node is shutting down")
-        self._session.send(pb.NodeMessage(leaving=pb.Leaving(reason="stopped by its owner", for_good=self._for_good)))
+        told = self._session.is_connected
+        leaving = pb.Leaving(reason="stopped by its owner", for_good=self._for_good)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2.0):
-                await self._session.drained()
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._session.finish(pb.NodeMessage(leaving=leaving))
+        if self._for_good and not told:
+            log.warning("left without a word: the coordinator is away", hint="there: hive node remove NODE")
 
     async def _hand_over(self, why: str) -> None:
         """Stop what runs with a checkpoint and wait, bounded, until its reports are with the coordinator."""
         self._apply(agent.OwnerAsked("drain", why))
-        try:
-            async with asyncio.timeout(_DRAIN_S if self._session.is_connected else 5.0):
-                while self._attempts or (self._session.is_connected and self._spool.waiting()):
-                    self._quiet.clear()
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        while self._attempts or (self._session.is_connected and self._spool.waiting()):
+            left_s = started_s + (_DRAIN_S if self._session.is_connected else _DRAIN_ALONE_S) - loop.time()
+            if left_s <= 0 or self._hurry:
+                log.warning("not everything was handed over", waiting=len(self._spool.waiting()))
+                return
+            self._quiet.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(1.0, left_s)):  # the connection may break meanwhile
                     await self._quiet.wait()
-        except TimeoutError:
-            log.warning("not everything was handed over", waiting=len(self._spool.waiting()))
 
     # ---- what the session asks
 
     def _activity(self) -> tuple[Activity, str]:
         activity, reason = self._state.activity
-        if self._measuring and activity is not Activity.BUSY:
-            return Activity.PAUSED, self._measuring
+        if self._fitness.obstacle and activity is not Activity.BUSY:
+            return Activity.PAUSED, self._fitness.obstacle
         return activity, reason
 
     def _hello(self) -> pb.Hello:
@@ -201,13 +232,13 @@ class Daemon:
             state = AttemptState(message.report.state)
             leases.setdefault(key, HeldLease(key[0], key[1], message.rank, state))
         activity, reason = self._activity()
-        self._told = self.capacity
+        self._fitness.told = self._fitness.capacity
         return pb.Hello(
             protocol=version.PROTOCOL,
             minimum_protocol=version.MINIMUM_PROTOCOL,
             software=version.SOFTWARE,
             name=self._config.name,
-            capacity_json=documents.encode(self.capacity),
+            capacity_json=documents.encode(self._fitness.capacity),
             leases_json=documents.encode_as(tuple[HeldLease, ...], tuple(leases.values())),
             spool_id=self._spool.spool_id,
             activity=activity.value,
@@ -223,7 +254,23 @@ class Daemon:
         self._store_calls.connected()
         log.info("connected")
 
+    def _delivered(self, durable: pb.Durable) -> None:
+        """The coordinator has made it durable."""
+        self._quiet.set()
+        if durable.WhichOneof("body") != "report" or not durable.report.outcome_json:
+            return
+        job_id = JobId(durable.job_id)
+        self._apply(agent.Acknowledged(job_id, Fence(durable.fence)))
+        if durable.report.state == AttemptState.DONE.value and all(job_id != other for other, _ in self._attempts):
+            self._workspaces.close_job(job_id)
+
     async def _handle(self, message: pb.CoordinatorMessage) -> None:
+        try:
+            self._understand(message)
+        except (HiveError, ValueError) as error:  # of another version: the rest of the stream may still make sense
+            log.warning("message not understood", body=message.WhichOneof("body"), reason=str(error))
+
+    def _understand(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("body"):
             case "offer":
                 self._apply(agent.Offered(documents.decode(Task, message.offer.task_json)))
@@ -231,11 +278,6 @@ class Daemon:
                 stop = message.stop
                 mode = StopMode(stop.mode)
                 self._apply(agent.StopAsked(JobId(stop.job_id), Fence(stop.fence), mode, stop.reason))
-            case "acknowledged":
-                for durable in self._spool.acknowledge(message.acknowledged.seq):
-                    if durable.WhichOneof("body") == "report" and durable.report.outcome_json:
-                        self._reported(durable)
-                self._quiet.set()
             case "store_reply":
                 self._store_calls.answered(message.store_reply)
             case "task_request":
@@ -248,18 +290,17 @@ class Daemon:
             case body:
                 log.warning("unknown message", body=body)
 
-    def _reported(self, durable: pb.Durable) -> None:
-        job_id = JobId(durable.job_id)
-        self._apply(agent.Acknowledged(job_id, Fence(durable.fence)))
-        if durable.report.state == AttemptState.DONE.value:
-            self._workspaces.close_job(job_id)
-
     async def _errand(self, request: work_pb2.TaskRequest) -> None:
+        activity, reason = self._activity()
         try:
+            if activity is Activity.PAUSED:
+                raise Conflict(f"{self._config.name} takes no work: {reason}")
             task = documents.decode(Task, request.task_json)
             async with asyncio.timeout(request.deadline_s):
-                outcome = await self._errands.run(task, self._threads(), self._device())
+                outcome = await self._errands.run(task, self._fitness.threads, self._fitness.device)
         except (HiveError, TimeoutError, OSError) as error:
+            if isinstance(error, CannotWork):
+                self._fitness.doubt(error)
             outcome = failed_outcome(error if isinstance(error, HiveError) else HiveError(str(error) or "too slow"))
         result = work_pb2.TaskResult(call_id=request.call_id, outcome_json=documents.encode(outcome))
         self._session.send(pb.NodeMessage(task_result=result))
@@ -289,108 +330,84 @@ class Daemon:
                     report.report.state = state.value
                     if outcome is not None:
                         report.report.outcome_json = documents.encode(outcome)
-                    self._session.send_durable(report)
+                    self._report(report)
         if self._activity() != before:
             self._session.send(pb.NodeMessage(heartbeat=self._beat()))
 
+    def _report(self, report: pb.Durable) -> None:
+        try:
+            self._session.send_durable(report)
+        except OSError as error:  # a report must not be lost: without it the job would wait for ever
+            log.error("report not written, trying again", job=report.job_id, reason=str(error))
+            self._background(self._report_later(report))
+
+    async def _report_later(self, report: pb.Durable) -> None:
+        while True:
+            await asyncio.sleep(_REPORT_AGAIN_S)
+            with contextlib.suppress(OSError):
+                return self._session.send_durable(report)
+
     def _start(self, task: Task) -> None:
         key = (task.job_id, task.fence)
+        capacity = self._fitness.capacity
         # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
-        address = next((n.address for n in self.capacity.networks if n.cidr == task.network), "")
+        address = next((n.address for n in capacity.networks if n.cidr == task.network), "")
 
         def ended(outcome: Outcome) -> None:
             self._attempts.pop(key, None)
             self._apply(agent.WorkerEnded(*key, outcome))
             self._quiet.set()
 
-        attempt = Attempt(
-            task,
-            self._config.name,
-            address,
-            self._threads(),
-            self._device(),
-            self._runner,
-            self._workspaces,
-            self._transfers,
-            self._store_calls,
-            self._session,
+        listener = Listener(
             ready=lambda: self._apply(agent.WorkerReady(*key)),
             progressed=lambda step: self._apply(agent.WorkerProgressed(*key, step)),
             ended=ended,
+            unable=self._fitness.doubt,
         )
-        self._attempts[key] = attempt
+        place = Place(self._config.name, address, self._fitness.threads, self._fitness.device)
+        attempt = self._attempts[key] = Attempt(task, place, self._tools, listener)
         self._background(attempt.run())
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._tasks is not None  # nothing is asked before run
-        self._tasks.create_task(_guarded(work))
+        task = self._tasks.create_task(_guarded(work))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
-    def _threads(self) -> int:
-        return max(1, round(self.capacity.cores))
+    def _judge(self, why: str) -> None:
+        """Workers do not start here (why), or do again (empty). The owner's own pause stays as it is."""
+        before, self._unfit = self._unfit, why
+        if why:
+            log.error("this machine takes no work", reason=why)
+            if self._state.paused in ("", before):
+                self._apply(agent.OwnerAsked("pause", why))
+        elif before and self._state.paused == before and not self._state.draining:
+            self._apply(agent.OwnerAsked("resume", ""))
 
-    def _device(self) -> str:
-        return f"cuda:{self.capacity.gpus[0].index}" if self.capacity.gpus else "cpu"
+    def _sweep(self) -> None:
+        self._workspaces.sweep(frozenset(job_id for job_id, _ in list(self._attempts)))
 
-    # ---- capacity
+    # ---- the LAN
 
-    async def _measure(self, again: bool = False) -> None:
-        """How fast this machine is under its caps: from the cache, or measured when it is this daemon's turn."""
-        self._measuring = "measuring how fast this machine is"
-        try:
-            self.capacity = await calibrate_machine(
-                self.capacity, self._calibrations, self._errands, self._threads(), self._device(), again=again
-            )
-        except HiveError as error:
-            log.warning("not measured", reason=error.message)
-        finally:
-            self._measuring = ""
-        self._tell_capacity()
-        self._session.send(pb.NodeMessage(heartbeat=self._beat()))
-
-    def _tell_capacity(self) -> None:
-        self._told = self.capacity
-        self._session.send(pb.NodeMessage(capacity_json=documents.encode(self.capacity)))
-
-    async def _refresh(self) -> None:
-        """Look again at what changes: round trip, bandwidth once per connection, disk, load, battery."""
-        probed_for: object = None
-        while True:
-            await asyncio.sleep(1.0 if self._session.rtt_s is None else _REFRESH_S)
-            rate = self.capacity.bandwidth_bytes_per_s
-            if self._session.is_connected and probed_for is not self._session.connection:
-                with contextlib.suppress(HiveError):
-                    rate = await self._transfers.bandwidth_bytes_per_s()
-                    probed_for = self._session.connection
-            config = self._config
-            trusted = networks.still_here(config.trusted_lan, networks.interface_addresses())
-            now = probe.capacity(config.home, config.caps, trusted, self._runner.cpu_limit.mechanism)
-            self.capacity = replace(
-                self.capacity,
-                rtt_s=self._session.rtt_s,
-                bandwidth_bytes_per_s=rate,
-                disk_free_bytes=now.disk_free_bytes,
-                networks=now.networks,
-                load=now.load,
-                battery=now.battery,
-                on_mains=now.on_mains,
-                user_idle_s=now.user_idle_s,
-                gpus=now.gpus,
-            )
-            if _moved(self._told, self.capacity):
-                self._tell_capacity()
-            if self._advertiser is not None:
+    async def _keep_announced(self) -> None:
+        """What is announced follows what is known, within seconds; the same again sends nothing."""
+        while self._advertiser is not None:
+            try:
                 await self._advertiser.update(self._announcement())
-            self._workspaces.sweep(frozenset(job_id for job_id, _ in self._attempts))
+            except Exception:  # a network that went away under zeroconf is no reason to stop working
+                log.exception("not announced")
+            await asyncio.sleep(15.0 if self._fitness.capacity.flops else 1.0)
 
     def _announcement(self) -> NodeAnnouncement:
-        best = max((rate.best for rate in self.capacity.flops.values()), default=0.0)
+        capacity = self._fitness.capacity
+        best = max((rate.best for rate in capacity.flops.values()), default=0.0)
         return NodeAnnouncement(
             id=self._node_id,
             name=self._config.name,
             version=version.SOFTWARE,
-            cores=self.capacity.cores,
-            memory_bytes=self.capacity.memory_bytes,
-            gpu=self.capacity.gpus[0].name if self.capacity.gpus else "",
+            cores=capacity.cores,
+            memory_bytes=capacity.memory_bytes,
+            gpu=capacity.gpus[0].name if capacity.gpus else "",
             gflops=best / 1e9,
             joined=bool(self._node_id),
         )
@@ -399,8 +416,13 @@ class Daemon:
 
     async def handle_command(self, command: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         match command:
-            case "pause" | "resume":
-                self._apply(agent.OwnerAsked(command, "paused by its owner"))
+            case "pause":
+                self._apply(agent.OwnerAsked("pause", "paused by its owner"))
+            case "resume":
+                self._apply(agent.OwnerAsked("resume", ""))
+                if self._unfit:  # it is not the owner's word that is missing
+                    self._apply(agent.OwnerAsked("pause", self._unfit))
+                    await self._fitness.measure()
             case "drain":
                 await self._hand_over("draining on its owner's word")
             case "leave":
@@ -411,8 +433,8 @@ class Daemon:
             case "bench":
                 if self._attempts:
                     raise HiveError("this node is working", "pause it first: hive-node pause")
-                await self._measure(again=True)
-                return {"schema": version.SCHEMA, "capacity": documents.plain(self.capacity)}
+                await self._fitness.measure(again=True)
+                return {"schema": version.SCHEMA, "capacity": documents.plain(self._fitness.capacity)}
             case "doctor":
                 return {"schema": version.SCHEMA, "checks": self._checks()}
         return {"schema": version.SCHEMA, "node": self._status()}
@@ -444,14 +466,17 @@ class Daemon:
 
     def _checks(self) -> list[dict[str, Any]]:
         limit = self._runner.cpu_limit
+        capacity = self._fitness.capacity
         lan = self._advertiser.problem if self._advertiser is not None else "not announced (--no-advertise)"
-        trusted = [network.cidr for network in self.capacity.networks if network.cidr != "loopback"]
-        measured = {name: f"{rate.best / 1e9:.1f}" for name, rate in self.capacity.flops.items()}
+        trusted = [network.cidr for network in capacity.networks if network.cidr != "loopback"]
+        measured = {name: f"{rate.best / 1e9:.1f}" for name, rate in capacity.flops.items()}
+        unmeasured = self._unfit or self._fitness.obstacle or "not measured"
         return [
             _check("session", self._session.is_connected, self._session.problem or "connected"),
+            _check("workers", not self._unfit, self._unfit or "start on demand"),
             _check("cpu cap", True, f"{limit.mechanism}: {limit.reason}"),
-            _check("memory cap", True, f"{self.capacity.memory_bytes / 2**30:.1f} GiB, watched on the worker tree"),
-            _check("speed", bool(measured), f"GFLOP/s: {measured}" if measured else self._measuring or "not measured"),
+            _check("memory cap", True, f"{capacity.memory_bytes / 2**30:.1f} GiB, watched on the worker tree"),
+            _check("speed", bool(measured), f"GFLOP/s: {measured}" if measured else unmeasured),
             _check("trusted networks", True, ", ".join(trusted) or "none but loopback (see --trusted-lan)"),
             _check("zeroconf", not (self._advertiser and lan), lan or "announced"),
             _check("spool", True, f"{len(self._spool.waiting())} messages wait for the coordinator"),
@@ -464,18 +489,6 @@ def _check(name: str, ok: bool, message: str) -> dict[str, Any]:
 
 async def _find(fingerprint: str) -> str:
     return await find_coordinator(fingerprint, lambda address: enrol.fetch_ca(address, fingerprint))
-
-
-def _moved(told: Capacity | None, now: Capacity) -> bool:
-    if told is None or told.networks != now.networks or len(told.gpus) != len(now.gpus):
-        return True
-    pairs = ((told.rtt_s, now.rtt_s), (told.bandwidth_bytes_per_s, now.bandwidth_bytes_per_s))
-    for before, after in pairs:
-        if (before is None) != (after is None):
-            return True
-        if before and after and abs(math.log(after / before)) > _CHANGED:
-            return True
-    return told.on_mains != now.on_mains
 
 
 async def _guarded(work: Coroutine[Any, Any, None]) -> None:

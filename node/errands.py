@@ -1,4 +1,7 @@
-"""Short tasks outside any job's group: identify a model, measure this machine. One worker each, one answer each."""
+"""Short tasks outside any job's group: identify a model, measure this machine. One worker each, one answer each.
+
+A few at a time: twenty jobs submitted at once must not fill this machine with twenty models.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from node.exit_report import ExitReport
+from node.faults import CannotWork
 from node.runner import Runner
 from node.worker_handle import StoreAnswer, StoreResult
 from node.workspace import Workspaces
+from protos.errors import HiveError
 from protos.work import Outcome, Progress, Task
+
+_AT_ONCE = 2
 
 
 class Errands:
@@ -21,14 +28,23 @@ class Errands:
         self._workspaces = workspaces
         self._node_name = node_name
         self._numbers = itertools.count(1)
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self, task: Task, threads: int, device: str) -> Outcome:
-        """Raises HiveError when the files cannot be had or no worker starts; a failing task is an Outcome."""
+        """Raises HiveError when the files cannot be had, CannotWork when no worker starts; a task that fails is an
+        Outcome."""
+        async with self._turns:
+            return await self._run(task, threads, device)
+
+    async def _run(self, task: Task, threads: int, device: str) -> Outcome:
         suffix = f"-{task.kind.value}-{next(self._numbers)}"
         try:
             workspace = await self._workspaces.prepare(task, suffix)
             ending = _Ending()
-            handle = await self._runner.start(task, workspace, "", threads, device, self._node_name, ending)
+            try:
+                handle = await self._runner.start(task, workspace, "", threads, device, self._node_name, ending)
+            except HiveError as error:
+                raise CannotWork.of(error) from None
             try:
                 report = await ending.report
             except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""Rendezvous calls of local workers over the session stream: numbered, and sent again after an outage."""
+"""Rendezvous calls of local workers over the session stream: numbered, bounded, and sent again after an outage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from node.worker_handle import StoreAnswer, StoreResult
+from protos import limits
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import Fence, JobId
@@ -32,6 +33,8 @@ class StoreCalls:
         timeout_s: float,
     ) -> StoreAnswer:
         """Waits for the answer through an outage of the coordinator, up to the call's own deadline."""
+        if sum(len(part) for part in (*keys, value, expected)) > limits.MAX_STORE_VALUE_BYTES:
+            return StoreResult("refused", message="keys and values are over the limit of a rendezvous store")
         number = next(self._numbers)
         message = work_pb2.StoreCall(
             call_id=number,

@@ -1,10 +1,15 @@
-"""Files to and from the coordinator over one channel, under the owner's upload cap."""
+"""Files to and from the coordinator over one channel, under the owner's upload cap.
+
+Refuses to send what is not a plain file: user code wrote these folders, and a link could name anything of the owner's.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,21 +19,26 @@ from node.token_bucket import TokenBucket
 from protos import dial, transfer
 from protos.artifact import Artifact, FileEntry, Manifest, digest_file
 from protos.credentials import Credential
-from protos.errors import TABLE, HiveError
+from protos.errors import TABLE, ErrorCode, HiveError, SpecError
 from protos.gen import artifacts_pb2_grpc, membership_pb2_grpc
 from protos.gen import membership_pb2 as pb
 from protos.ids import Digest
 
 _BURST_S = 0.5
 _PROBE_BYTES = 1024 * 1024
+_FIRST_PROBE_BYTES = 32 * 1024
+_PROBE_S = 0.5  # a line that would take longer for a large probe gets only the small one
 _PROBES = 3
-_OLD_CHANNEL_S = 600.0
+_OLD_CHANNEL_S = 2 * 3600.0  # longer than a connection lives: no transfer is cut by a renewed certificate
+_FULL_S = 120.0  # how long a coordinator may be out of space before a result is given up
+_MAX_CHECKPOINT_FILES = 256
 
 
 class UploadLimit:
     """protos.transfer.Limiter over a token bucket."""
 
     def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
         self._bucket = TokenBucket(bytes_per_s, bytes_per_s * _BURST_S, time.monotonic())
 
     async def take(self, n_bytes: int) -> None:
@@ -71,30 +81,43 @@ class Transfers:
             await transfer.put_file(stub, path, digest, self._limiter)
 
     async def put_patiently(self, path: Path, digest: Digest) -> None:
-        """Until it is there, however long the coordinator is away. Raises only what waiting cannot mend."""
+        """Until it is there, however long the coordinator is away. Raises what waiting cannot or did not mend."""
         wait_s = 0.2
+        full_since: float | None = None
         while True:
             try:
                 return await self.put(path, digest)
             except HiveError as error:
                 if not TABLE[error.code].retryable:
                     raise
+                full = error.code in (ErrorCode.EXHAUSTED, ErrorCode.CORRUPT)
+                full_since = (full_since or time.monotonic()) if full else None
+                if full_since is not None and time.monotonic() - full_since > _FULL_S:
+                    raise
             await asyncio.sleep(wait_s)
             wait_s = min(5.0, 2 * wait_s)
 
     async def put_artifact(self, name: str, path: Path) -> Artifact:
+        _check_plain(path)
         digest = await asyncio.to_thread(digest_file, path)
         await self.put_patiently(path, digest)
         return Artifact(name, digest, path.stat().st_size)
 
     async def put_folder(self, folder: Path, staging: Path) -> Manifest:
-        """A checkpoint's files; linked aside first, because the worker removes old checkpoints on its own."""
+        """A checkpoint's files; linked aside first, because the worker removes old checkpoints on its own.
+
+        Raises SpecError for a folder that holds anything but a few plain files.
+        """
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True, mode=0o700)
         try:
             entries = []
-            for path in sorted(folder.iterdir()):
-                os.link(path, staging / path.name)
+            found = sorted(folder.iterdir())
+            if len(found) > _MAX_CHECKPOINT_FILES:
+                raise SpecError(f"a checkpoint of {len(found)} files is over the limit of {_MAX_CHECKPOINT_FILES}")
+            for path in found:
+                os.link(path, staging / path.name, follow_symlinks=False)
+                _check_plain(staging / path.name)
             for path in sorted(staging.iterdir()):
                 digest = await asyncio.to_thread(digest_file, path)
                 entries.append(FileEntry(path.name, digest, path.stat().st_size))
@@ -104,16 +127,27 @@ class Transfers:
             shutil.rmtree(staging, ignore_errors=True)
 
     async def bandwidth_bytes_per_s(self) -> float:
-        """To the coordinator and back: the median of a few echoes of 1 MiB, both directions one after the other."""
+        """To the coordinator and back, both directions one after the other: a small echo, and on a line (and under an
+        upload cap) that carries more in no time the median of a few large ones."""
         credential, channel = await self._channel()
         stub: Any = membership_pb2_grpc.MembershipStub(channel)  # type: ignore[no-untyped-call]
-        content = os.urandom(_PROBE_BYTES)
-        rates = []
-        with dial.errors_of(credential.session_address):
-            for _ in range(_PROBES):
-                if self._limiter is not None:
-                    await self._limiter.take(_PROBE_BYTES)
-                started = time.perf_counter()
-                await stub.Probe(pb.Echo(content=content), timeout=30.0)
-                rates.append(2 * _PROBE_BYTES / (time.perf_counter() - started))
+        rates = [await self._echoed(stub, credential.session_address, _FIRST_PROBE_BYTES)]
+        slowest = min(rates[0], self._limiter.bytes_per_s if self._limiter is not None else math.inf)
+        if 2 * _PROBE_BYTES / slowest < _PROBE_S:
+            rates = [await self._echoed(stub, credential.session_address, _PROBE_BYTES) for _ in range(_PROBES)]
         return sorted(rates)[len(rates) // 2]
+
+    async def _echoed(self, stub: Any, address: str, n_bytes: int) -> float:
+        """Bytes per second of one round trip of random content."""
+        content = os.urandom(n_bytes)
+        if self._limiter is not None:
+            await self._limiter.take(n_bytes)
+        started = time.perf_counter()
+        with dial.errors_of(address):
+            await stub.Probe(pb.Echo(content=content), timeout=30.0)
+        return 2 * n_bytes / (time.perf_counter() - started)
+
+
+def _check_plain(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise SpecError(f"{path.name} is not a plain file: it is not sent", "write results as files, not as links")

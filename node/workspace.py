@@ -1,10 +1,13 @@
 """A task's files on this node: fetched by digest, laid out below HIVE_HOME/node/jobs/JOB, removed when it is over.
 
-Checkpoints are shared by all groups of a job on this node; code, data and output belong to one attempt.
+Checkpoints are shared by all groups of a job on this node; code, data and output belong to one attempt. Refuses a job
+id that is not one: it comes from the coordinator and becomes the name of a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +17,7 @@ import structlog
 
 from node.cache import BlobCache
 from protos.artifact import Manifest
-from protos.errors import HiveError
+from protos.errors import HiveError, SpecError
 from protos.ids import Digest, JobId
 from protos.work import Task
 from strategies.context import Workspace
@@ -23,6 +26,7 @@ log = structlog.get_logger()
 
 Fetch = Callable[[Digest, Path, int], Awaitable[None]]
 _KEEP_IDLE_S = 2 * 86_400.0
+_JOB_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 
 
 class Workspaces:
@@ -33,10 +37,19 @@ class Workspaces:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _attempt_dir(self, task: Task, suffix: str) -> Path:
-        return self._root / task.job_id / f"attempt-{task.fence}-{task.rank}{suffix}"
+        return self._job_dir(task.job_id) / f"attempt-{task.fence}-{task.rank}{suffix}"
+
+    def _job_dir(self, job_id: JobId) -> Path:
+        if not _JOB_ID.fullmatch(job_id):
+            raise SpecError(f"{job_id[:80]!r} is not the id of a job", "is the coordinator a different version?")
+        return self._root / job_id
 
     def checkpoint_dir(self, job_id: JobId) -> Path:
-        return self._root / job_id / "checkpoints"
+        return self._job_dir(job_id) / "checkpoints"
+
+    def staging_dir(self, task: Task, step: int) -> Path:
+        """Where a checkpoint lies while it is uploaded, whatever its worker does to the original."""
+        return self._job_dir(task.job_id) / f"uploading-{task.fence}-{task.rank}-{step}"
 
     async def prepare(self, task: Task, suffix: str = "") -> Workspace:
         """Everything the task names, here. Raises HiveError when a file cannot be had or the disk is full."""
@@ -95,19 +108,25 @@ class Workspaces:
         return max(found, default=None)
 
     def close_attempt(self, task: Task, suffix: str = "") -> None:
-        """The attempt's own files go; the job's checkpoints stay for the next group."""
+        """The attempt's own files go; the job's checkpoints stay for the next group, its folder while it has any."""
         folder = self._attempt_dir(task, suffix)
         self._cache.unpin(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
+        checkpoints = self.checkpoint_dir(task.job_id)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            if list(folder.parent.iterdir()) == [checkpoints]:
+                checkpoints.rmdir()
+            folder.parent.rmdir()
 
     def close_job(self, job_id: JobId) -> None:
-        shutil.rmtree(self._root / job_id, ignore_errors=True)
+        shutil.rmtree(self._job_dir(job_id), ignore_errors=True)
 
     def sweep(self, busy: frozenset[JobId]) -> None:
-        """Jobs that nobody asked about for days."""
+        """Jobs that nobody asked about for days. Blocks."""
         for folder in self._root.iterdir():
-            if folder.name not in busy and time.time() - folder.stat().st_mtime > _KEEP_IDLE_S:
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # its last attempt ended meanwhile
+                if folder.name not in busy and time.time() - folder.stat().st_mtime > _KEEP_IDLE_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _single(manifest: Manifest | None, folder: Path | None, source: str) -> Path | None:

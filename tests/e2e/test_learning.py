@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,4 +70,3 @@ def test_an_outcome_that_contradicts_the_prediction_changes_the_next_choice_acro
     assert tried["feasible"] and tried["visits"] == 1 and tried["residual"] < 0
     predicted = {candidate["strategy"]: candidate["seconds"] for candidate in plan["candidates"]}
     assert predicted["data_parallel"] < predicted["single_node"], "by the model alone it would be chosen again"
-    json.dumps(plan, allow_nan=False)

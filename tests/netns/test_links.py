@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def network() -> Iterator[Lan]:
-    """The coordinator's machine, and two that are to train: unlike names, and one has another network's address first."""
+    """The coordinator's machine, and two that train: unlike names, and one has another network's address first."""
     with lan(3, ("e0", "e0", "wan7"), before={2: "10.79.0.1/24"}) as made:
         yield made
 

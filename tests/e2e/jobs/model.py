@@ -47,3 +47,33 @@ class TinyGPT(nn.Module):
 
 def gpt(width: int = 32, length: int = 32) -> nn.Module:
     return TinyGPT(width, length)
+
+
+class Trips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += not x.is_meta
+        if self.calls == 3:
+            raise ValueError(f"tripped at {self.calls}")
+        return self.layer(x)
+
+
+def trips() -> nn.Module:
+    return Trips()
+
+
+def pair() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def talkative(hidden: int = 64) -> nn.Module:
+    print("built")
+    return mlp(hidden)
+
+
+def sample(model: nn.Module) -> str:
+    return f"the sample: {model(torch.zeros(1, 64)).shape[1]}"
