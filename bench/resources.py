@@ -74,7 +74,7 @@ def heartbeats(stage: Stage) -> Finding:
         command = [sys.executable, str(CLIENT), cluster.address, token, str(nodes)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=cluster.environment(cluster.home)) as client:
             try:
-                connected_s = _connected(cluster, nodes)
+                connected_s = _connected(cluster, nodes, client)
                 time.sleep(SETTLE_S)
                 stage.tell(f"{nodes} nodes are connected; watching the coordinator for {window_s} s")
                 used = used_by(cluster.coordinator.pid, window_s)
@@ -91,10 +91,12 @@ def heartbeats(stage: Stage) -> Finding:
     return Finding("heartbeats", figures)
 
 
-def _connected(cluster: Cluster, nodes: int) -> float:
+def _connected(cluster: Cluster, nodes: int, client: subprocess.Popen[bytes]) -> float:
     began = time.monotonic()
 
     def all_here() -> bool:
+        if client.poll() is not None:
+            raise AssertionError(f"the simulated nodes ended: {client.returncode}")
         return _count(cluster) >= nodes
 
     until(all_here, f"{nodes} nodes are connected", 180.0)

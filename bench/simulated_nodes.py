@@ -13,6 +13,8 @@ import sys
 import time
 from typing import Any
 
+import grpc.aio
+
 from protos import dial, documents, enrol, version
 from protos.capacity import Capacity
 from protos.gen import membership_pb2 as pb
@@ -23,6 +25,7 @@ from protos.token import Token, parse_token
 
 AT_ONCE = 8  # enrolments
 GIB = 2**30
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
 async def simulate(address: str, token: Token, name: str, gate: asyncio.Semaphore) -> None:
@@ -40,7 +43,7 @@ async def simulate(address: str, token: Token, name: str, gate: asyncio.Semaphor
 
 
 async def listen(stream: Any, name: str) -> None:
-    async for _ in stream:
+    while await stream.read() is not _EOF:
         pass
     raise ConnectionError(f"the coordinator closed the stream of {name}")
 

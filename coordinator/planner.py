@@ -230,9 +230,9 @@ def _no_placement(considered: Consideration, wanted: Iterable[str]) -> NoPlaceme
 def _hint(considered: Consideration, reasons: dict[str, str]) -> str:
     inputs = considered.inputs
     if not inputs.profile.trainable:
-        return "convert the model as the reason says; hive models identify shows what hive sees in it"
+        return "convert the model as the reason says; hive plan shows what hive sees in it"
     if not inputs.cluster.nodes:
-        return "start hive-node on a machine: hive token prints the command to type there"
+        return "start hive-node on a machine: hive token create prints the command to type there"
     if not inputs.eligible:
         return "hive nodes shows each node's state; hive-node resume and hive node uncordon bring one back"
     if any("--trusted-lan" in why for why in reasons.values()):

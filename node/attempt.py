@@ -141,7 +141,8 @@ class Attempt:
         if self._stop in modes:
             work.close()
             raise _Stopped
-        task = self._phase = asyncio.create_task(work)
+        task: asyncio.Task[T] = asyncio.create_task(work)
+        self._phase = task
         self._breaks = modes
         try:
             await asyncio.wait({task})

@@ -159,7 +159,7 @@ async def machine_turn(deadline_s: float, folder: Path | None = None) -> AsyncIt
     Raises DeadlineExceeded when the turn does not come in time, Conflict when the lock file is not one. The kernel
     gives the turn back when the process ends, however it ends.
     """
-    path = (folder or Path(tempfile.gettempdir())) / LOCK_NAME
+    path = (folder or _lock_folder()) / LOCK_NAME
     descriptor = _open_lock(path)
     try:
         ends = time.monotonic() + deadline_s
@@ -174,6 +174,12 @@ async def machine_turn(deadline_s: float, folder: Path | None = None) -> AsyncIt
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would not do if a forked child still had it open
         os.close(descriptor)
+
+
+def _lock_folder() -> Path:
+    """The same for every daemon of this machine: /run/lock stays shared where a service has a /tmp of its own."""
+    shared = Path("/run/lock")
+    return shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
 
 
 def _taken(descriptor: int) -> bool:

@@ -27,7 +27,7 @@ _ENOUGH_DISK_BYTES = 2 * 1024**3
 def doctor(home: str | None, as_json: bool) -> int:
     """Check this machine and say which caps are enforced how."""
     folder = home_of(home)
-    checks = [_python(), _torch(), _user(), _disk(folder)]
+    checks = [_python(), _torch(), _user(home), _disk(folder)]
     try:
         checks += control.ask(folder, "doctor", deadline_s=30.0)["checks"]
     except NotFound as error:
@@ -58,8 +58,8 @@ def _torch() -> dict[str, Any]:
     return _check("workers", not missing, message, "workers need them: install hive with its node extra")
 
 
-def _user() -> dict[str, Any]:
-    if os.geteuid() == 0:
+def _user(home: str | None) -> dict[str, Any]:
+    if os.geteuid() == 0 and not configuration.load({"home": home}).allow_root:
         return _check(
             "user", False, "you are root: jobs would run as root", "start as an ordinary user, or --allow-root"
         )

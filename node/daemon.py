@@ -383,6 +383,7 @@ class Daemon:
                 self._apply(agent.OwnerAsked("pause", why))
         elif before and self._state.paused == before and not self._state.draining:
             self._apply(agent.OwnerAsked("resume", ""))
+        self._session.send(pb.NodeMessage(heartbeat=self._beat()))
 
     def _sweep(self) -> None:
         self._workspaces.sweep(frozenset(job_id for job_id, _ in list(self._attempts)))
@@ -422,7 +423,7 @@ class Daemon:
                 self._apply(agent.OwnerAsked("resume", ""))
                 if self._unfit:  # it is not the owner's word that is missing
                     self._apply(agent.OwnerAsked("pause", self._unfit))
-                    await self._fitness.measure()
+                    self._fitness.try_again()
             case "drain":
                 await self._hand_over("draining on its owner's word")
             case "leave":

@@ -39,8 +39,8 @@ _LONGEST_TRY_AGAIN_S = 600.0
 
 @dataclass(slots=True, eq=False)
 class Fitness:
-    """`obstacle`: why this machine takes no work for the moment. `unfit(why)` is told when it takes none until it is
-    mended, `unfit("")` when it is; `changed` when there is something new to say on the LAN."""
+    """`obstacle`: why this machine takes no work for the moment. `judge(why)` is told when it cannot work until it is
+    mended, and `judge("")` after every measurement that went well."""
 
     config: NodeConfig
     capacity: Capacity
@@ -49,11 +49,12 @@ class Fitness:
     transfers: Transfers
     session: Session
     calibrations: CalibrationCache
-    unfit: Callable[[str], None]
+    judge: Callable[[str], None]
     obstacle: str = "starting"
     told: Capacity | None = None
     _measuring: asyncio.Lock = field(default_factory=asyncio.Lock)
     _doubted: asyncio.Event = field(default_factory=asyncio.Event)
+    _suspect: bool = False
     _probed_for: object = None
 
     @property
@@ -66,7 +67,12 @@ class Fitness:
 
     def doubt(self, error: CannotWork) -> None:
         """A task could not be started: take nothing more until a worker starts again."""
-        self.unfit(f"cannot work: {_sentence(error)}")
+        self._suspect = True
+        self._doubted.set()
+        self.judge(f"cannot work: {_sentence(error)}")
+
+    def try_again(self) -> None:
+        """Do not wait for the next try: the owner says that it is mended."""
         self._doubted.set()
 
     async def keep_measured(self) -> None:
@@ -96,21 +102,22 @@ class Fitness:
             raise Conflict("this machine is being measured just now", "wait until hive-node status says idle")
         async with self._measuring:
             self.obstacle = "measuring how fast this machine is"
-            doubted = self._doubted.is_set() or bool(self.told and not self.told.flops)
             try:
-                if doubted:
+                if self._suspect:  # speeds that are in the cache would hide it
                     await self._start_a_worker()
                 self.capacity = await calibrate_machine(
                     self.capacity, self.calibrations, self.errands, self.threads, self.device, again=again
                 )
-                self.unfit("")
             except (HiveError, OSError) as error:
+                self.obstacle = ""
                 if isinstance(error, CannotWork) or not self.capacity.flops:
-                    self.unfit(f"cannot work: {_sentence(error)}")
+                    self.judge(f"cannot work: {_sentence(error)}")
                 raise
             finally:
                 self.obstacle = ""
-                self.tell()
+            self._suspect = False
+            self.tell()
+            self.judge("")
 
     async def _start_a_worker(self) -> None:
         try:

@@ -59,6 +59,7 @@ def service_unit(options: ServiceOptions) -> str:
         f"ReadWritePaths={_quoted(str(options.home))}",
         *(["ProtectHome=read-only"] if system else []),
         "PrivateTmp=yes",
+        "ReadWritePaths=-/run/lock",  # daemons of one machine measure one after another
         "ProtectKernelTunables=yes",
         "ProtectKernelModules=yes",
         "ProtectKernelLogs=yes",

@@ -53,7 +53,6 @@ class ModelSpec(_Part):
     source: str
     args: dict[str, Any] = Field(default_factory=dict)
     weights: str | None = None
-    input_shape: tuple[int, ...] | None = None  # of one sample, when it cannot be taken from the data
 
 
 class DataSpec(_Part):

@@ -69,7 +69,12 @@ def _known(error: BaseException) -> Fault | None:
     match error:
         case PeerLost():
             return Fault(
-                Reason.PEER_LOST, Blame.NETWORK, str(error), "the group re-forms without the lost node", retryable=True
+                Reason.PEER_LOST,
+                Blame.NETWORK,
+                "the connection to another node of the group broke",
+                "the group re-forms without the lost node",
+                retryable=True,
+                last_lines=tuple(str(error).splitlines()[:3]),
             )
         case Stopped(mode=StopMode.PAUSE):
             return Fault(Reason.PAUSED_BY_USER, Blame.POLICY, "paused on request", "hive resume", retryable=True)

@@ -74,7 +74,13 @@ class Reporter:
         self._reported_samples = samples
         self._excluded_s = 0.0
         self.last_loss: float | None = None
-        self.last_rate: float | None = None
+        self._spent_s = 0.0
+        self._spent_samples = 0
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Samples per second over the whole attempt, evaluations not counted."""
+        return self._spent_samples / self._spent_s if self._spent_s else None
 
     def step(self, step: int, epoch: int, loss: Tensor, learning_rate: float, samples: int, bytes_sent: int) -> None:
         """`step` and `samples` count what is committed, this step included."""
@@ -96,12 +102,15 @@ class Reporter:
             return
         now = time.perf_counter()
         elapsed_s = max(now - self._reported_at - self._excluded_s, 1e-9)
-        rate = (records[-1].samples - self._reported_samples) / elapsed_s
+        gained = records[-1].samples - self._reported_samples
+        rate = gained / elapsed_s
+        self._spent_s += elapsed_s
+        self._spent_samples += gained
         losses = torch.stack([record.loss for record in records]).tolist()
         self._reported_at, self._reported_samples, self._excluded_s = now, records[-1].samples, 0.0
         bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
         if bad:
-            self.last_loss, self.last_rate = losses[bad - 1], rate
+            self.last_loss = losses[bad - 1]
             metrics = [
                 self._metrics(record, loss, rate) for record, loss in zip(records[:bad], losses[:bad], strict=True)
             ]

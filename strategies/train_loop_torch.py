@@ -316,7 +316,7 @@ def usage(run: Run, started: float, startup_s: float) -> Usage:
 
 def metrics_of(run: Run) -> dict[str, float]:
     """`loss` is that of the last step; `test_loss` and `accuracy` of the last evaluation, when there was one."""
-    values = {"loss": run.reporter.last_loss, "samples_per_s": run.reporter.last_rate}
+    values = {"loss": run.reporter.last_loss, "samples_per_s": run.reporter.mean_rate}
     if run.score is not None:
         values |= {"test_loss": run.score.loss, "accuracy": run.score.accuracy}
     return {name: value for name, value in values.items() if value is not None}

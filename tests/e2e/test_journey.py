@@ -171,11 +171,11 @@ def test_events_tell_the_story_and_go_on_where_one_stopped(up: Cluster, job: dic
 
 
 def test_logs_are_followed_to_the_end_and_a_sample_is_shown(up: Cluster) -> None:
-    job_id = up.submit(JOBS / "mlp.yaml", "model.source=model.py:talkative", "strategy=single_node")
+    job_id = up.submit(JOBS / "mlp.yaml", "model.source=talkative.py:build", "strategy=single_node")
     followed = up.hive("logs", job_id, "-f")
     assert (followed.returncode, followed.stdout) == (0, "built\nthe sample: 10\n")
     assert up.hive("logs", job_id).stdout == followed.stdout
-    waited = up.hive("submit", str(JOBS / "mlp.yaml"), "--wait", "--set", "model.source=model.py:talkative")
+    waited = up.hive("submit", str(JOBS / "mlp.yaml"), "--wait", "--set", "model.source=talkative.py:build")
     assert "the sample: 10\n" in waited.stderr and "the sample" not in waited.stdout
 
 

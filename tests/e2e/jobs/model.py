@@ -68,12 +68,3 @@ def trips() -> nn.Module:
 
 def pair() -> nn.Module:
     return nn.Linear(2, 2)
-
-
-def talkative(hidden: int = 64) -> nn.Module:
-    print("built")
-    return mlp(hidden)
-
-
-def sample(model: nn.Module) -> str:
-    return f"the sample: {model(torch.zeros(1, 64)).shape[1]}"
