@@ -87,9 +87,9 @@ def plain_loop(written: Written, threads: int) -> dict[str, Any]:
     return run_peer([sys.executable, str(PEERS / "plain_loop.py"), str(written.peer), str(threads)], threads)
 
 
-def torchrun_ddp(written: Written, ranks: int) -> dict[str, Any]:
+def torchrun_ddp(written: Written, ranks: int, threads: int) -> dict[str, Any]:
     """With `begun`: the Unix time at which torchrun was started."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(ranks), str(PEERS / "torchrun_ddp.py"), str(written.peer), "1"]
+    command += ["--nproc-per-node", str(ranks), str(PEERS / "torchrun_ddp.py"), str(written.peer), str(threads)]
     begun = time.time()
-    return run_peer(command, 1) | {"begun": begun}
+    return run_peer(command, threads) | {"begun": begun}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.cluster import running
+from bench.cluster import MEMORY, running
 from bench.report import Bound, Figure, Finding, Gate
 from bench.stage import Stage
 from tests.e2e.cluster import Cluster, until
@@ -45,12 +45,12 @@ def used_by(pid: int, seconds: float) -> Used:
 
 
 def idle_daemon(stage: Stage) -> Finding:
-    """Measured after a restart, so that the machine's speed comes from the cache and no worker was ever started."""
+    """Measured after a restart under the same caps: its speed comes from the cache, so no worker was ever started."""
     window_s = stage.either(60, 5)
     with running(stage.subfolder("idle"), ("n0",), stage.threads) as cluster:
         cluster.nodes["n0"].end()
         until(lambda: cluster.show_nodes()[0]["link"] != "CONNECTED", "the node has left")
-        node = cluster.start_node("n0", stage.threads)
+        node = cluster.start_node("n0", stage.threads, MEMORY)
         cluster.wait_ready(1)
         time.sleep(stage.either(20, 3))  # the first bandwidth probe and refresh are over
         stage.tell(f"watching an idle node for {window_s} s")

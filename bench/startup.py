@@ -32,7 +32,7 @@ def first_step(stage: Stage) -> Finding:
         figures.append(_figure(f"  of it after the coordinator accepted, {strategy}", accepted, None))
         detail[strategy] = runs
     written = write(DIGITS_CNN.shortened(STEPS), "data_parallel", NODES, stage.subfolder("jobs"))
-    peers = [torchrun_ddp(written, len(NODES)) for _ in range(stage.either(7, 2))]
+    peers = [torchrun_ddp(written, len(NODES), stage.threads) for _ in range(stage.either(7, 2))]
     waits = [float(peer["first_step"]) - float(peer["begun"]) for peer in peers]
     figures.append(_figure("torchrun -> step 1", waits, None))
     return Finding("first_step", tuple(figures), detail | {"torchrun": waits})

@@ -16,7 +16,7 @@ from bench.stage import Stage
 from bench.workloads import DIGITS_CNN, GPT_10M, Workload, Written, write
 
 GATE = Gate(Bound.AT_LEAST, 0.97)
-QUICK_STEPS = {DIGITS_CNN.name: 60, GPT_10M.name: 3}
+QUICK_STEPS = {DIGITS_CNN.name: 200, GPT_10M.name: 3}
 Peer = Callable[[Written], dict[str, Any]]
 
 
@@ -26,7 +26,8 @@ def single_node(stage: Stage) -> Finding:
 
 def data_parallel(stage: Stage) -> Finding:
     """Each rank has the batch that a single node has."""
-    return _against(stage, "data_parallel", NODES, len(NODES), lambda written: torchrun_ddp(written, len(NODES)))
+    ranks = len(NODES)
+    return _against(stage, "data_parallel", NODES, ranks, lambda written: torchrun_ddp(written, ranks, stage.threads))
 
 
 def _against(stage: Stage, strategy: str, nodes: tuple[str, ...], ranks: int, peer: Peer) -> Finding:

@@ -7,7 +7,6 @@ and from the source of Python's standard library; models are those of examples/.
 from __future__ import annotations
 
 import json
-import shutil
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -63,7 +62,8 @@ def write(workload: Workload, strategy: str, nodes: tuple[str, ...], root: Path)
     """`strategy` and `nodes` are forced: a benchmark measures one decomposition, not the choice."""
     folder = root / f"{workload.data}-{strategy}-{workload.steps}"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(EXAMPLES / workload.folder / "model.py", folder / "model.py")
+    code = (EXAMPLES / workload.folder / "model.py").read_text()
+    (folder / "model.py").write_text(f"{code}\n\nsample = None  # nobody reads what a benchmark writes\n")
     source = _digits(folder) if workload.data == "digits" else _text(folder)
     data: dict[str, Any] = {"source": source.name}
     data |= {"features": "x", "target": "y"} if workload.data == "digits" else {"sequence_length": SEQUENCE}

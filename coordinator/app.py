@@ -1,7 +1,7 @@
 """The coordinator put together: store, authority, control loop, services on their two ports, beacon and clock.
 
-`serve` runs until it is cancelled and then lets go of everything in order. Everything it needs after a kill -9 is below
-HIVE_HOME/coordinator.
+`serve` runs until it is cancelled and then lets go in order, within seconds: first the doors, so that nothing new is
+begun, then what is under way, then the store. Everything it needs after a kill -9 is below HIVE_HOME/coordinator.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,12 @@ from coordinator.controller import Controller
 from coordinator.doctor import Doctor
 from coordinator.effects import Effects
 from coordinator.enrolment import EnrolmentService
+from coordinator.event_tail import EventTail
+from coordinator.garbage import Garbage
 from coordinator.identification import Identifier
 from coordinator.job_folder import JobFolders
 from coordinator.jobs_service import JobsService
+from coordinator.join_token import JoinToken
 from coordinator.learning import Learner
 from coordinator.membership import MembershipService
 from coordinator.placement import Placement
@@ -46,15 +49,14 @@ from coordinator.token_book import TokenBook
 from protos import credentials, enrol, limits, version
 from protos.announcement import CoordinatorAnnouncement
 from protos.dial import join_address
+from protos.errors import HiveError
 from protos.gen import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, membership_pb2, membership_pb2_grpc
 from protos.token import Role, Token
 
 log = structlog.get_logger()
 
 TICK_S = 0.25
-_DAY_S = 86_400.0
-_COLLECT_EVERY_S = 3600.0
-_KEEP_UNREFERENCED_S = 86_400.0
+_GRACE_S = 0.5  # for calls under way; followers and nodes come back by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +93,21 @@ async def serve(config: CoordinatorConfig, on_ready: Callable[[Ready], None] = l
     """Run until cancelled. Raises HiveError when it cannot start (port taken, already running, disk full)."""
     folder = config.home / "coordinator"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    async with contextlib.AsyncExitStack() as stack:
-        store = await SqliteStore.open(folder, config.database_url or None)
-        stack.push_async_callback(store.close)
+    store = await SqliteStore.open(folder, config.database_url or None)
+    try:
         authority = open_authority(folder)
-        async with asyncio.TaskGroup() as tasks:
-            running = await _start(config, folder, store, authority, tasks, stack)
-            on_ready(running)
-            try:
-                await asyncio.Event().wait()
-            finally:
-                for task in list(tasks._tasks):
-                    task.cancel()
+        async with asyncio.TaskGroup() as tasks, contextlib.AsyncExitStack() as doors:
+            on_ready(await _start(config, folder, store, authority, tasks, doors))
+            await asyncio.Event().wait()
+    except* HiveError as failures:
+        raise _first(failures) from None
+    finally:
+        await store.close()
+
+
+def _first(failures: BaseExceptionGroup[HiveError]) -> HiveError:
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 async def _start(
@@ -111,11 +116,14 @@ async def _start(
     store: Store,
     authority: Authority,
     tasks: asyncio.TaskGroup,
-    stack: contextlib.AsyncExitStack,
+    doors: contextlib.AsyncExitStack,
 ) -> Ready:
     blobs = BlobStore(folder / "blobs")
     folders = JobFolders(folder / "jobs")
     tokens = TokenBook(store)
+    join_token = JoinToken(folder, tokens)
+    garbage = Garbage(store, blobs)
+    tail = EventTail(store)
     sessions = Sessions()
     learner = Learner(folder / "qtable.json")
     await learner.catch_up(store)
@@ -157,11 +165,13 @@ async def _start(
         blobs,
         tokens,
         doctor,
+        tail,
+        join_token,
         lan=lambda: _lan(beacon, controller) if config.advertise else (),
         token_text=lambda secret: Token(authority.fingerprint, secret).text,
         join_command=lambda token, role: join_command(address, token, role),
     )
-    member = MembershipService(authority, controller, sessions, rendezvous, store, folders)
+    member = MembershipService(authority, controller, sessions, rendezvous, store, folders, garbage.replaced)
     jobs_pb2_grpc.add_JobsServicer_to_server(service, session_server)  # type: ignore[no-untyped-call]
     membership_pb2_grpc.add_MembershipServicer_to_server(member, session_server)  # type: ignore[no-untyped-call]
     artifacts_pb2_grpc.add_ArtifactsServicer_to_server(  # type: ignore[no-untyped-call]
@@ -169,16 +179,15 @@ async def _start(
     )
     await _health(session_server)
     await session_server.start()
-    stack.push_async_callback(session_server.stop, 1.0)
+    doors.push_async_callback(session_server.stop, _GRACE_S)
     await front.start()
-    stack.push_async_callback(front.stop, 1.0)
+    doors.push_async_callback(front.stop, _GRACE_S)
     if config.advertise:
-        await stack.enter_async_context(beacon)
+        await doors.enter_async_context(beacon)
     await _owner_credential(config, authority, tokens, port, session_port)
-    _, secret = await tokens.create(Role.NODE, None, _DAY_S)
-    token = Token(authority.fingerprint, secret).text
-    tasks.create_task(controller.run_clock(TICK_S))
-    tasks.create_task(_collect_garbage(store, blobs))
+    token = Token(authority.fingerprint, await join_token.secret()).text
+    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run()):
+        tasks.create_task(helper)
     log.info("coordinator is ready", address=address, session_port=session_port)
     return Ready(address, session_port, config.home, token, join_command(address, token, Role.NODE))
 
@@ -243,28 +252,6 @@ async def _owner_credential(
     _, secret = await tokens.create(Role.ADMIN, 1, 300.0)
     made = await enrol.enrol(front_address, Token(authority.fingerprint, secret), "owner")
     credentials.save(made.at(front_address, session_address), path)
-
-
-async def _collect_garbage(store: Store, blobs: BlobStore) -> None:
-    """Blobs that no job's record names, a day after they came."""
-    while True:
-        await asyncio.sleep(_COLLECT_EVERY_S)
-        live: set[str] = set()
-        async for digests in _named(store):
-            live |= digests
-        collected = await asyncio.to_thread(blobs.collect, live, _KEEP_UNREFERENCED_S)
-        log.info("collected garbage", blobs=collected.blobs, bytes=collected.bytes)
-
-
-async def _named(store: Store) -> AsyncIterator[set[str]]:
-    import re
-
-    digest = re.compile(rb"[0-9a-f]{64}")
-    for record in await store.jobs(limit=1_000_000):
-        parts = (record.code_json, record.data_json, record.test_json, record.weights_json)
-        for document in (*parts, record.checkpoint_json, record.result_json):
-            if document:
-                yield {found.decode() for found in digest.findall(document)}
 
 
 __all__ = ["Ready", "join_command", "limits", "serve"]

@@ -39,6 +39,9 @@ class Bundle:
         return tuple(manifest for manifest in every if manifest is not None)
 
 
+_SHARED = ("data", "test")  # used where they lie when all nodes see them; the coordinator itself reads the weights
+
+
 def bundle(spec: JobSpec, folder: Path, progress: HashProgress = lambda done, total: None) -> Bundle:
     """Find and hash every file that the job needs. `folder` is the job file's."""
     folder = folder.resolve()
@@ -61,7 +64,7 @@ def bundle(spec: JobSpec, folder: Path, progress: HashProgress = lambda done, to
         for relative, path in listing.items():
             size = path.stat().st_size
             digest = digest_file(path)
-            entries.append(FileEntry(relative, digest, size, "" if name == "code" else str(path)))
+            entries.append(FileEntry(relative, digest, size, str(path) if name in _SHARED else ""))
             files[digest] = path
             done += size
             progress(done, total)

@@ -61,7 +61,7 @@ def cluster_view(sessions: Sessions, among: Collection[NodeId]) -> ClusterView:
 
 def link(a: Capacity, b: Capacity) -> LinkEstimate:
     """Until pairs are probed: loopback on one machine, else the worse of what each measured to the coordinator."""
-    if a.machine_id == b.machine_id:
+    if a.machine_id and a.machine_id == b.machine_id:
         return LinkEstimate(LOOPBACK_RTT_S, LOOPBACK_BYTES_PER_S, "loopback")
     rtt_s = max(UNMEASURED_RTT_S if c.rtt_s is None else c.rtt_s for c in (a, b))
     rates = [c.bandwidth_bytes_per_s or UNMEASURED_BYTES_PER_S for c in (a, b)]

@@ -26,12 +26,12 @@ from coordinator.learning import Learner
 from coordinator.placement import Placement
 from coordinator.records import Attempt, Job
 from coordinator.rendezvous import Rendezvous
-from coordinator.result import conclude
+from coordinator.result import conclude, nothing_left
 from coordinator.sessions import Sessions
 from coordinator.store.protocol import AppendEvent, Store, Write
 from coordinator.submission import of_record
 from protos import documents, limits
-from protos.errors import Blame, HiveError
+from protos.errors import TABLE, Blame, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import JobId, NodeId
@@ -95,7 +95,13 @@ class Effects:
 
     async def _identify(self, job_id: JobId) -> None:
         controller = self.controller
-        submission = of_record(controller.record(job_id))
+        if job_id not in controller.state.jobs:
+            return  # ended meanwhile
+        try:
+            submission = of_record(controller.record(job_id))
+        except HiveError as error:  # written by another version
+            await controller.post(e.Refused(job_id, Reason.INTERNAL, Blame.COORDINATOR, error.message, error.hint))
+            return
         idle = controller.state.idle()
         nodes = (*idle, *(node for node in controller.state.willing() if node not in idle))
         try:
@@ -111,6 +117,8 @@ class Effects:
             self._placement.know(job_id, submission, found)
             document = documents.encode(found)
             await controller.post(e.Identified(job_id), change=lambda job: replace(job, profile_json=document))
+            if job_id not in controller.state.jobs or controller.state.jobs[job_id].ended:
+                self._placement.forget(job_id)
 
     def _offer(self, effect: e.Offer) -> None:
         controller = self.controller
@@ -141,8 +149,13 @@ class Effects:
         for job_id in self.controller.state.jobs:
             record = self.controller.record(job_id)
             if record.profile_json:
-                found = documents.decode(Identification, record.profile_json)
-                self._placement.know(job_id, of_record(record), found)
+                try:
+                    found = documents.decode(Identification, record.profile_json)
+                    self._placement.know(job_id, of_record(record), found)
+                except (
+                    HiveError
+                ) as error:  # written by another version: the job ends with that reason when it is placed
+                    log.error("job cannot be read", job=job_id, reason=error.message)
 
     async def supplement(
         self, before: JobView | None, after: JobView, record: Job, attempts: Sequence[Attempt]
@@ -161,9 +174,15 @@ class Effects:
             now_s = record.finished_s or record.updated_s
             progress = self.controller.progress(after.job_id)
             lines = self._tracebacks.get(after.job_id, ())
-            result = await conclude(
-                after, record, attempts, metrics, self.names(), progress, self._blobs.put_bytes, now_s, lines
-            )
+            try:
+                result = await conclude(
+                    after, record, attempts, metrics, self.names(), progress, self._blobs.put_bytes, now_s, lines
+                )
+            except Exception as error:
+                if isinstance(error, HiveError) and TABLE[error.code].retryable:
+                    raise  # a full disk: the job ends when there is space
+                log.exception("no result", job=after.job_id)  # whatever it was, the job must be able to end
+                result = nothing_left(lines)
             record = replace(record, result_json=result.document)
             writes += result.writes
         return record, writes
@@ -172,4 +191,4 @@ class Effects:
         return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}
 
 
-__all__ = ["Effects", "Reason"]
+__all__ = ["Effects"]

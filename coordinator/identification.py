@@ -5,9 +5,11 @@ Owns the choice of who looks and a small memory of what was found. The coordinat
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from coordinator.identify.confine import identify_file
 from coordinator.sessions import Sessions
@@ -37,6 +39,7 @@ class Identifier:
         self._sessions = sessions
         self._blob = blob
         self._known: OrderedDict[str, Identification] = OrderedDict()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def check_file(self, submission: Submission) -> None:
         """Refuse at once a model file that hive cannot train. Raises SpecError (exit 3)."""
@@ -55,6 +58,13 @@ class Identifier:
         """Ask the nodes in turn. Raises Refusal for what the user must change, Unreachable when no node could say;
         `nobody` is why there is none to ask."""
         key = submission.key
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        async with turn:  # many jobs of one sweep: the first asks, the others wait for its answer
+            return await self._identify(key, submission, job_id, nodes, nobody)
+
+    async def _identify(
+        self, key: str, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str
+    ) -> Identification:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -67,7 +77,7 @@ class Identifier:
                 trouble = error.message
                 continue
             if outcome.fault is None and outcome.document:
-                found = documents.decode(Identification, outcome.document)
+                found = _understood(outcome.document)
                 self._remember(key, found)
                 return found
             if outcome.fault is not None and not outcome.fault.retryable:
@@ -82,6 +92,13 @@ class Identifier:
         self._known[key] = found
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+
+
+def _understood(document: str) -> Identification:
+    try:
+        return documents.decode(Identification, document)
+    except SpecError as error:  # asking again would give the same
+        raise Refusal(Reason.MODEL_UNUSABLE, Blame.COORDINATOR, error) from None
 
 
 def _refusal(outcome: Outcome) -> Refusal:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator import views
+from coordinator.access import Caller
 from coordinator.blobs import BlobStore
 from coordinator.cluster import nobody
 from coordinator.control import events as e
 from coordinator.controller import Controller
 from coordinator.doctor import Doctor
+from coordinator.event_tail import EventTail
 from coordinator.identification import Identifier
 from coordinator.interceptors import caller
 from coordinator.job_folder import JobFolders
+from coordinator.join_token import JoinToken
 from coordinator.log_follow import follow_logs
 from coordinator.placement import Placement
 from coordinator.records import Event, Job
@@ -25,10 +28,10 @@ from coordinator.sessions import Sessions
 from coordinator.store.protocol import Store
 from coordinator.submission import Submission, of_request
 from coordinator.token_book import TokenBook
-from protos import documents, jobspec
+from protos import documents, jobspec, limits
 from protos.artifact import Manifest, check_manifest
 from protos.capacity import Capacity
-from protos.errors import ErrorCode, HiveError, NotFound, SpecError, Unreachable
+from protos.errors import AccessError, Conflict, ErrorCode, Exhausted, HiveError, NotFound, SpecError
 from protos.gen import jobs_pb2, jobs_pb2_grpc
 from protos.ids import JobId, NodeId, new_job_id
 from protos.plan import Identification, NodeView, Plan
@@ -36,7 +39,6 @@ from protos.states import TERMINAL_JOB_STATES, Activity, JobState, Reason
 from protos.token import Role
 
 _LOCATE_S = 10.0
-_LAN_TOKEN_S = 3600.0
 _EVENT_PAGE = 500
 _EVENT_WAIT_S = 30.0
 
@@ -52,6 +54,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     blobs: BlobStore
     tokens: TokenBook
     doctor: Doctor
+    tail: EventTail
+    join_token: JoinToken
     lan: Callable[[], Sequence[dict[str, Any]]]
     token_text: Callable[[str], str]  # of a secret
     join_command: Callable[[str, Role], str]
@@ -59,18 +63,16 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     # ---- cluster
 
     async def Nodes(self, request: jobs_pb2.NodesRequest, context: Any) -> jobs_pb2.Document:
-        content: dict[str, Any] = {"nodes": [self._node(NodeId(node_id)) for node_id in self.controller.state.nodes]}
-        if request.lan:
-            content["lan"] = await self._lan(caller(context).role)
-        return _answer(**content)
+        members = sorted(self.controller.state.nodes.values(), key=lambda node: (not node.reachable, node.name))
+        content: dict[str, Any] = {"lan": await self._lan(caller(context).role)} if request.lan else {}
+        return _answer(**fitting("nodes", [self._node(node.node_id) for node in members], **content))
 
     async def _lan(self, role: Role) -> list[dict[str, Any]]:
         """Machines seen by zeroconf; an administrator gets the whole command for those that have not joined."""
         seen = list(self.lan())
         apart = [machine for machine in seen if not machine["joined"]]
         if apart and role is Role.ADMIN:
-            _, secret = await self.tokens.create(Role.NODE, len(apart), _LAN_TOKEN_S)
-            command = self.join_command(self.token_text(secret), Role.NODE)
+            command = self.join_command(self.token_text(await self.join_token.secret()), Role.NODE)
             return [{**machine, "join": "" if machine["joined"] else command} for machine in seen]
         return seen
 
@@ -123,13 +125,14 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                 code=ErrorCode.NO_PLACEMENT,
             )
         found = await self.identifier.identify(submission, JobId("plan"), nodes)
-        return _answer(**views.plan(self.placement.plan_now(submission, found, nodes), found))
+        return _answer(**views.plan(self.placement.plan_now(submission, found, nodes), found, _LAYERS_SHOWN))
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
-        if request.idempotency_key:
-            known = await self.store.job_by_idempotency_key(request.idempotency_key)
-            if known is not None:
-                return _answer(job=self._job(known, self.store.last_seq))
+        key = request.idempotency_key
+        if len(key) > _MAX_KEY_CHARACTERS:
+            raise SpecError(f"an idempotency key has at most {_MAX_KEY_CHARACTERS} characters", code=ErrorCode.USAGE)
+        if (known := await self._submitted_before(key)) is not None:
+            return known
         submission = of_request(request)
         await self._check_content(submission)
         await self.identifier.check_file(submission)
@@ -137,7 +140,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         record = Job(
             job_id=new_job_id(),
             name=submission.spec.name,
-            owner=caller(context).name or caller(context).id,
+            owner=owner_of(caller(context)),
             state=JobState.SUBMITTED,
             reason=Reason.NONE,
             spec_json=jobspec.dump(submission.spec).encode(),
@@ -147,12 +150,22 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             data_json=_encoded(submission.data),
             test_json=_encoded(submission.test),
             weights_json=_encoded(submission.weights),
-            idempotency_key=request.idempotency_key or None,
+            idempotency_key=key or None,
         )
-        await self.controller.submit(record)
+        try:
+            await self.controller.submit(record)
+        except Conflict:  # the same submission, sent again, came first
+            if (known := await self._submitted_before(key)) is not None:
+                return known
+            raise
         seq = self.store.last_seq
         made = await self.store.job(record.job_id)
         return _answer(job=self._job(made or record, seq))
+
+    async def _submitted_before(self, key: str) -> jobs_pb2.Document | None:
+        seq = self.store.last_seq
+        known = await self.store.job_by_idempotency_key(key) if key else None
+        return _answer(job=self._job(known, seq)) if known is not None else None
 
     async def _check_content(self, submission: Submission) -> None:
         """Every file is here, or at a path that all connected nodes see."""
@@ -184,14 +197,22 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def List(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
         states = None if request.all else [state for state in JobState if state not in TERMINAL_JOB_STATES]
         seq = self.store.last_seq
-        found = await self.store.jobs(states, limit=request.limit or 100)
-        return _answer(jobs=[self._job(record, seq) for record in found])
+        found = await self.store.jobs(states, limit=min(request.limit or 100, _MAX_LISTED))
+        names, now_s = self._names(), time.time()
+        progress = {record.job_id: self.controller.progress(record.job_id) for record in found}
+
+        def shown() -> dict[str, Any]:
+            return fitting("jobs", [views.job(each, names, progress[each.job_id], now_s, seq) for each in found])
+
+        return _answer(**await asyncio.to_thread(shown))  # a thousand plans take a second to read
 
     async def Show(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
         seq = self.store.last_seq
         record = await self._record(request.job_id)
         rows = await self.store.attempts(record.job_id)
-        return _answer(job=self._job(record, seq), attempts=views.attempts(rows, self._names()))
+        newest_first = views.attempts(reversed(rows), self._names())
+        answer = fitting("attempts", newest_first, job=self._job(record, seq))
+        return _answer(**{**answer, "attempts": answer["attempts"][::-1]})
 
     async def _record(self, job_id: str) -> Job:
         record = await self.store.job(JobId(job_id))
@@ -218,15 +239,23 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         plan = documents.decode(Plan, record.plan_json)
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
-        return _answer(**views.plan(plan, found), measured=result.get("measured"), job=self._job(record, seq))
+        content = views.plan(plan, found, _LAYERS_SHOWN)
+        return _answer(**content, measured=result.get("measured"), job=self._job(record, seq))
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
         lines = await asyncio.to_thread(self.folders.metrics, record.job_id, request.after_step)
-        return jobs_pb2.Document(json=_bounded(lines))
+        return _answer(**await asyncio.to_thread(whole_steps, lines))
 
     async def Control(self, request: jobs_pb2.ControlRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
+        who = caller(context)
+        if who.role is not Role.ADMIN and not owns(who, record.owner):
+            raise AccessError(
+                f"{record.job_id} belongs to {record.owner}",
+                "only its owner or an administrator may stop, pause or resume it",
+                code=ErrorCode.FORBIDDEN,
+            )
         await self.controller.post(e.UserAsked(record.job_id, request.action))
         seq = self.store.last_seq
         return _answer(job=self._job(await self._record(request.job_id), seq))
@@ -240,7 +269,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         after = request.after_seq
         while True:
             if request.follow:
-                page = await self.store.events_after(after, _EVENT_WAIT_S, job_id, limit=_EVENT_PAGE)
+                page = await self.tail.after(after, _EVENT_WAIT_S, job_id, _EVENT_PAGE)
             else:
                 page = await self.store.events(after, job_id, limit=_EVENT_PAGE)
             for event in page:
@@ -285,27 +314,48 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         return _answer(tokens=found)
 
 
+def owner_of(who: Caller) -> str:
+    """As it is written into a job's record: a name to read, and the id that decides."""
+    return f"{who.name} ({who.id})" if who.name else who.id
+
+
+def owns(who: Caller, owner: str) -> bool:
+    return owner == who.id or owner.endswith(f"({who.id})")
+
+
 _UNKNOWN = Capacity("", "", "", "", 0.0, 0, 0, 0, 0)
-_MAX_METRICS_BYTES = 3_500_000
+_MAX_ANSWER_BYTES = limits.MAX_MESSAGE_BYTES - 64 * 1024
+_MAX_LISTED = 1000
+_MAX_KEY_CHARACTERS = 200
+_LAYERS_SHOWN = 2000
 
 
 def _answer(**content: Any) -> jobs_pb2.Document:
-    return jobs_pb2.Document(json=views.document(**content))
+    document = views.document(**content)
+    if len(document) > _MAX_ANSWER_BYTES:
+        raise Exhausted(f"the answer has {len(document)} bytes, over the limit of a message", "ask for less at once")
+    return jobs_pb2.Document(json=document)
 
 
-def _bounded(lines: list[dict[str, Any]]) -> bytes:
-    """As many records as one message holds; `more` says to ask again after the last step."""
-    low, high = 0, len(lines)
-    whole = views.document(metrics=lines, more=False)
-    if len(whole) <= _MAX_METRICS_BYTES:
-        return whole
-    while high - low > 1:
-        middle = (low + high) // 2
-        if len(views.document(metrics=lines[:middle], more=True)) <= _MAX_METRICS_BYTES:
-            low = middle
-        else:
-            high = middle
-    return views.document(metrics=lines[:low], more=True)
+def fitting(name: str, rows: Sequence[Any], **content: Any) -> dict[str, Any]:
+    """The content with as many rows, from the first on, as one message holds; `more` says that some were left out."""
+    room = _MAX_ANSWER_BYTES - len(views.document(**content))
+    for count, row in enumerate(rows):
+        room -= len(views.plain_json(row)) + 2
+        if room < 0:
+            return {name: list(rows[:count]), "more": True, **content}
+    return {name: list(rows), **content}
+
+
+def whole_steps(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """As many records as one message holds, the last step whole; `more` says to ask again after the last step."""
+    answer = {"more": False, **fitting("metrics", lines)}
+    kept = answer["metrics"]
+    if answer["more"]:
+        following = lines[len(kept)]["step"]
+        while kept and kept[-1]["step"] == following:
+            kept.pop()
+    return answer
 
 
 def _encoded(manifest: Manifest | None) -> bytes | None:
@@ -331,4 +381,4 @@ def _role(text: str) -> Role:
         raise SpecError(f"there is no role {text[:40]!r}", f"use one of {roles}", code=ErrorCode.USAGE) from None
 
 
-__all__ = ["JobsService", "Unreachable"]
+__all__ = ["JobsService"]

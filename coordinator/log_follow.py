@@ -1,8 +1,13 @@
-"""One rank's output as a stream: what is there, then what comes, until the job has ended. Never ends before it."""
+"""One rank's output as a stream: what is there, then what comes, until the job has ended. Never ends before it.
+
+The job's end is looked up before the output is read for the last time: every line of a job is written before its end.
+Other jobs' output wakes all followers, so what a wake costs is one look at a file's size.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -23,29 +28,38 @@ async def follow_logs(
     """Chunks from a byte position on; the last one says `finished` when the job has ended."""
     path = folders.log_path(job_id, rank)
     position = after_bytes
+    looked_s = -_LOOK_AGAIN_S
+    ended, state = False, ""
     while True:
         changed = folders.changed
-        job = await store.job(job_id)
-        if job is None:
-            raise NotFound(f"no job {job_id}", "hive ps --all lists all jobs")
-        ended = job.state in TERMINAL_JOB_STATES
-        while text := await asyncio.to_thread(_read, path, position):
+        if time.monotonic() - looked_s >= _LOOK_AGAIN_S:
+            looked_s = time.monotonic()
+            job = await store.job(job_id)
+            if job is None:
+                raise NotFound(f"no job {job_id}", "hive ps --all lists all jobs")
+            ended, state = job.state in TERMINAL_JOB_STATES, job.state.value
+        while _size(path) > position and (text := await asyncio.to_thread(_read, path, position)):
             position += len(text)
-            yield jobs_pb2.LogChunk(text=text, end_bytes=position, state=job.state.value)
+            yield jobs_pb2.LogChunk(text=text, end_bytes=position, state=state)
         if ended or not follow:
-            yield jobs_pb2.LogChunk(end_bytes=position, finished=ended, state=job.state.value)
+            yield jobs_pb2.LogChunk(end_bytes=position, finished=ended, state=state)
             return
         try:
-            async with asyncio.timeout(_LOOK_AGAIN_S):
+            async with asyncio.timeout(max(0.0, looked_s + _LOOK_AGAIN_S - time.monotonic())):
                 await changed.wait()
         except TimeoutError:
             continue
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _read(path: Path, position: int) -> bytes:
     """Up to a chunk from a position, ending at a line where possible: a torn UTF-8 character is left for later."""
-    if not path.exists():
-        return b""
     with path.open("rb") as file:
         file.seek(position)
         text = file.read(limits.CHUNK_BYTES)

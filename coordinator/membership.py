@@ -1,10 +1,16 @@
-"""The session stream: a node's messages in, the control loop's decisions out. gRPC on one side, events on the other."""
+"""The session stream: a node's messages in, the control loop's decisions out. gRPC on one side, events on the other.
+
+Invariants: messages of a spool are made durable in order, none is skipped; what a node says counts only for ranks that
+were given to it; nothing a node says ends more than its own stream.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,16 +25,32 @@ from coordinator.rendezvous import Rendezvous
 from coordinator.sessions import Session, Sessions
 from coordinator.store.protocol import Accept, AppendEvent, Duplicate, Store, Write
 from protos import documents, limits
+from protos.artifact import Manifest, check_manifest
 from protos.capacity import Capacity
-from protos.errors import AccessError, DeadlineExceeded, ErrorCode, HiveError, SpecError, Unreachable
+from protos.errors import (
+    TABLE,
+    AccessError,
+    Blame,
+    Conflict,
+    DeadlineExceeded,
+    ErrorCode,
+    HiveError,
+    NotFound,
+    SpecError,
+    Unreachable,
+)
 from protos.gen import membership_pb2 as pb
 from protos.gen import membership_pb2_grpc, work_pb2
 from protos.ids import Fence, JobId, NodeId
-from protos.states import Activity, AttemptState
+from protos.partial_file import disk_error
+from protos.states import Activity, AttemptState, Reason
 from protos.version import negotiate
-from protos.work import Checkpoint, HeldLease, Outcome, Progress
+from protos.work import Checkpoint, Fault, HeldLease, Outcome, Progress
 
 log = structlog.get_logger()
+
+_MAX_OPEN_CALLS = 1024
+_LONGEST_CALL_S = 3600.0
 
 
 class MembershipService(membership_pb2_grpc.MembershipServicer):
@@ -42,6 +64,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         rendezvous: Rendezvous,
         store: Store,
         folders: JobFolders,
+        replaced: Callable[[JobId, Manifest], None],
     ) -> None:
         self._authority = authority
         self._controller = controller
@@ -49,6 +72,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         self._rendezvous = rendezvous
         self._store = store
         self._folders = folders
+        self._replaced = replaced  # told of a checkpoint when there is a newer one
 
     async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:
         return enrolment.renew(self._authority, request, context, time.time())
@@ -59,20 +83,14 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
     async def Attach(self, request_iterator: Any, context: Any) -> None:
         who = caller(context)
         messages = aiter(request_iterator)
-        try:
-            async with asyncio.timeout(limits.CALL_DEADLINE_S):
-                first = await anext(messages)
-        except (TimeoutError, StopAsyncIteration):
-            raise DeadlineExceeded("the node did not say hello") from None
-        if first.WhichOneof("body") != "hello":
-            raise SpecError("a session begins with hello", "is the node a different version?")
-        hello = first.hello
+        hello = await _hello(messages)
         agreement = negotiate(f"node {hello.name}", hello.protocol, hello.minimum_protocol)
         if agreement.protocol is None:
             raise Unreachable(agreement.reason, code=ErrorCode.VERSION_MISMATCH)
         node_id = NodeId(who.id)
         session = Session(node_id, hello.name, hello.spool_id, documents.decode(Capacity, hello.capacity_json))
         leases = documents.decode(tuple[HeldLease, ...], hello.leases_json or b"[]")
+        activity = _activity(hello.activity)
         acknowledged = await self._store.accepted(node_id, hello.spool_id)
         session.send(
             pb.CoordinatorMessage(
@@ -86,28 +104,32 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
             )
         )
         self._sessions.add(session)
-        activity = Activity(hello.activity or Activity.IDLE)
-        await self._controller.describe_node(node_id, hello.name, session.capacity)
-        await self._controller.post(e.NodeConnected(node_id, hello.name, activity, hello.activity_reason, leases))
         try:
+            await self._controller.describe_node(node_id, hello.name, session.capacity)
+            await self._controller.post(e.NodeConnected(node_id, hello.name, activity, hello.activity_reason, leases))
             async with asyncio.TaskGroup() as group:
-                calls: set[asyncio.Task[None]] = set()
-                reader = group.create_task(self._read(session, messages, calls))
+                group.create_task(self._read(session, messages, group))
                 await self._write(session, context)
-                reader.cancel()
-                for call in calls:
-                    call.cancel()
-        except* (StopAsyncIteration, ConnectionError):
+                raise _Closed
+        except* _Closed:
             pass
+        except* HiveError as failures:
+            raise _first(failures) from None
         finally:
             if self._sessions.remove(session):
-                await asyncio.shield(self._controller.post(e.NodeDisconnected(node_id)))
+                await self._gone(node_id)
+
+    async def _gone(self, node_id: NodeId) -> None:
+        try:
+            await self._controller.post(e.NodeDisconnected(node_id))
+        except HiveError as error:  # its silence will be noticed too
+            log.warning("disconnect not recorded", node=node_id, reason=error.message)
 
     async def _write(self, session: Session, context: Any) -> None:
         while (message := await session.outgoing.get()) is not None:
             await context.write(message)
 
-    async def _read(self, session: Session, messages: Any, calls: set[asyncio.Task[None]]) -> None:
+    async def _read(self, session: Session, messages: Any, group: asyncio.TaskGroup) -> None:
         try:
             async for message in messages:
                 self._controller.heard(session.node_id)
@@ -118,12 +140,11 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
                     case "durable":
                         await self._durable(session, message.durable)
                     case "store_call":
-                        call = asyncio.create_task(self._store_call(session, message.store_call))
-                        calls.add(call)
-                        call.add_done_callback(calls.discard)
+                        self._begin_store_call(session, message.store_call, group)
                     case "capacity_json":
                         session.capacity = documents.decode(Capacity, message.capacity_json)
-                        await self._controller.describe_node(session.node_id, session.name, session.capacity)
+                        if not session.closed:  # a node that was just removed does not come back by this
+                            await self._controller.describe_node(session.node_id, session.name, session.capacity)
                     case "file_answer":
                         self._sessions.answer_files(session.node_id, message.file_answer)
                     case "task_result":
@@ -139,24 +160,40 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
     async def _heartbeat(self, session: Session, beat: pb.Heartbeat) -> None:
         session.send(pb.CoordinatorMessage(echo=pb.HeartbeatEcho(number=beat.number, sent_s=beat.sent_s)))
         node = self._controller.state.nodes.get(session.node_id)
-        activity = Activity(beat.activity or Activity.IDLE)
+        activity = _activity(beat.activity)
         if node is not None and (node.activity, node.reason) != (activity, beat.activity_reason):
             await self._controller.post(e.NodeHeard(session.node_id, activity, beat.activity_reason))
 
     async def _durable(self, session: Session, message: pb.Durable) -> None:
+        """Acknowledge what is durable, and only in order: acknowledging a number gives up every lower one.
+
+        What cannot be made durable now (a full disk) ends the stream: the node connects again and goes on from there.
+        What can never be is refused for good, so that it does not hold up what follows.
+        """
         accept = Accept(session.node_id, session.spool_id, message.seq)
         try:
             await self._accept(session, message, accept)
         except Duplicate:
             pass
-        except HiveError as error:
-            if error.code is ErrorCode.EXHAUSTED:
-                log.error("cannot make durable", error=error.message)
-                return  # not acknowledged: the node keeps it and sends it again
-            log.warning("refused", node=session.name, error=error.message)
-            with contextlib.suppress(Duplicate):
-                await self._store.commit(accept)
+        except OSError as error:
+            raise disk_error(error, Path(str(error.filename or message.job_id))) from error
+        except Exception as error:
+            if isinstance(error, HiveError) and TABLE[error.code].retryable:
+                raise
+            await self._refuse(session, message, accept, error)
         session.send(pb.CoordinatorMessage(acknowledged=pb.Acknowledged(seq=message.seq)))
+
+    async def _refuse(self, session: Session, message: pb.Durable, accept: Accept, error: Exception) -> None:
+        if isinstance(error, HiveError):
+            log.warning("refused", node=session.name, job=message.job_id, error=error.message)
+        else:
+            log.exception("refused", node=session.name, job=message.job_id, exc_info=error)
+        with contextlib.suppress(Duplicate):
+            if message.report.outcome_json and not isinstance(error, AccessError):
+                with contextlib.suppress(Conflict):  # the state is as it was: say at least that the attempt is over
+                    await self._controller.post(_unreadable(session, message, str(error)), accept)
+                    return
+            await self._store.commit(accept)
 
     async def _accept(self, session: Session, message: pb.Durable, accept: Accept) -> None:
         job_id, fence, rank = JobId(message.job_id), Fence(message.fence), int(message.rank)
@@ -176,15 +213,26 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
                 await self._progress(session, job_id, fence, rank, message.progress_json, accept)
             case "checkpoint_json":
                 checkpoint = documents.decode(Checkpoint, message.checkpoint_json)
+                check_manifest(checkpoint.manifest)
+                before = self._checkpoint(job_id)
                 await self._controller.checkpointed(job_id, fence, checkpoint, accept)
+                if before is not None and before != self._checkpoint(job_id):
+                    self._replaced(job_id, before.manifest)
             case "logs":
-                if job_id not in self._controller.state.jobs:
+                if not known:
                     raise HiveError("output of a job that has ended", code=ErrorCode.STALE_FENCE)
                 if await self._store.accepted(session.node_id, session.spool_id) < message.seq:
                     self._folders.append_log(job_id, rank, message.logs.lines)
                 await self._store.commit(accept)
             case other:
                 raise SpecError(f"unknown durable message {other}")
+
+    def _checkpoint(self, job_id: JobId) -> Checkpoint | None:
+        try:
+            document = self._controller.record(job_id).checkpoint_json
+        except NotFound:
+            return None
+        return documents.decode(Checkpoint, document) if document else None
 
     async def _progress(
         self, session: Session, job_id: JobId, fence: Fence, rank: int, document: bytes, accept: Accept
@@ -213,6 +261,14 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         event = e.Progressed(session.node_id, job_id, fence, progress.step, progress.samples)
         await self._controller.post(event, *writes)
 
+    def _begin_store_call(self, session: Session, call: work_pb2.StoreCall, group: asyncio.TaskGroup) -> None:
+        if session.open_calls >= _MAX_OPEN_CALLS:
+            refusal = work_pb2.StoreReply(call_id=call.call_id, status="refused", message="too many calls at once")
+            session.send(pb.CoordinatorMessage(store_reply=refusal))
+            return
+        session.open_calls += 1
+        group.create_task(self._store_call(session, call))
+
     async def _store_call(self, session: Session, call: work_pb2.StoreCall) -> None:
         reply = work_pb2.StoreReply(call_id=call.call_id, status="ok")
         try:
@@ -226,14 +282,52 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
                 call.value,
                 call.expected,
                 call.amount,
-                min(call.deadline_s, 3600.0),
+                min(call.deadline_s, _LONGEST_CALL_S) if call.deadline_s > 0 else 0.0,  # not a number: 0
                 f"{session.spool_id}/{call.call_id}",
             )
         except DeadlineExceeded as error:
             reply.status, reply.message = "timeout", error.message
         except (HiveError, ValueError) as error:
             reply.status, reply.message = "refused", str(error)
+        finally:
+            session.open_calls -= 1
         session.send(pb.CoordinatorMessage(store_reply=reply))
 
 
-__all__ = ["AccessError", "MembershipService"]
+async def _hello(messages: Any) -> pb.Hello:
+    try:
+        async with asyncio.timeout(limits.CALL_DEADLINE_S):
+            first: pb.NodeMessage = await anext(messages)
+    except (TimeoutError, StopAsyncIteration):
+        raise DeadlineExceeded("the node did not say hello") from None
+    if first.WhichOneof("body") != "hello":
+        raise SpecError("a session begins with hello", "is the node a different version?")
+    return first.hello
+
+
+def _activity(text: str) -> Activity:
+    try:
+        return Activity(text or Activity.IDLE)
+    except ValueError:
+        raise SpecError(f"there is no activity {text[:40]!r}", "is the node a different version?") from None
+
+
+def _unreadable(session: Session, message: pb.Durable, why: str) -> e.AttemptReported:
+    """A report that cannot be taken still ends its attempt: nothing else would."""
+    text = f"the report of {session.name} cannot be read: {why}"
+    fault = Fault(Reason.INTERNAL, Blame.COORDINATOR, text, "do both run the same version of hive?")
+    outcome = Outcome(AttemptState.FAILED, fault=fault)
+    job_id, fence = JobId(message.job_id), Fence(message.fence)
+    return e.AttemptReported(session.node_id, job_id, fence, int(message.rank), AttemptState.FAILED, outcome)
+
+
+class _Closed(Exception):
+    """Leaves the task group of one session."""
+
+
+def _first(failures: BaseExceptionGroup[HiveError]) -> HiveError:
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+__all__ = ["MembershipService"]

@@ -10,6 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from coordinator import planner
 from coordinator.cluster import cluster_view
 from coordinator.control.events import Unplaced
@@ -21,6 +23,8 @@ from protos.ids import JobId, NodeId
 from protos.jobspec import JobSpec, StrategyName
 from protos.plan import Identification, Plan
 from protos.states import Reason
+
+log = structlog.get_logger()
 
 JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
 
@@ -71,12 +75,18 @@ class Placement:
         """coordinator.control.events.PlanFor."""
         if not willing:
             return Unplaced(self._nobody(), JOIN_HINT, False, Reason.WAITING_FOR_NODES)
-        known = self._jobs[job_id]
-        situation = (idle, willing, holders, tuple(id(self._sessions[n].capacity) for n in idle if n in self._sessions))
+        known = self._jobs.get(job_id)
+        if known is None:
+            return _broken("what was found out about its model cannot be read by this version", "submit it again")
+        situation = (idle, willing, holders, tuple(self._sessions[n].capacity for n in idle if n in self._sessions))
         refused = self._refused.get(job_id)
         if refused is not None and refused[0] == situation:
             return refused[1]
-        placed = self._place(known, idle, willing, holders, previous)
+        try:
+            placed = self._place(known, idle, willing, holders, previous)
+        except Exception as error:  # one job that the planner cannot take must not hold up all others
+            log.exception("the planner failed", job=job_id)
+            return _broken(f"the planner failed: {type(error).__name__}: {error}", "see the coordinator's log")
         if isinstance(placed, Unplaced):
             self._refused[job_id] = (situation, placed)
         else:
@@ -108,6 +118,10 @@ class Placement:
                 message = f"needs {_needed(spec)} nodes, {len(willing)} take work" if too_few else error.message
                 return Unplaced(message, JOIN_HINT if too_few else error.hint, False, Reason.WAITING_FOR_NODES)
             return Unplaced(error.message, error.hint, True, Reason.NO_PLACEMENT)
+
+
+def _broken(message: str, hint: str) -> Unplaced:
+    return Unplaced(message, hint, True, Reason.INTERNAL)
 
 
 def _needed(spec: JobSpec) -> int:

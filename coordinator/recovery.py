@@ -105,7 +105,7 @@ def _view(record: Job, rows: tuple[Attempt, ...], order: int, now_s: float, timi
         step=record.step,
         samples=record.samples,
         wanted=wanted,
-        not_before_s=now_s,
+        not_before_s=now_s + (timing.identify_s if record.state is JobState.PLANNING else 0.0),
         deadline_s=now_s + timing.reconnect_grace_s + timing.hold_s if bounded else None,
         identified=record.profile_json is not None,
         plan=documents.decode(Plan, record.plan_json) if record.plan_json else None,

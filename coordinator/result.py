@@ -15,6 +15,7 @@ from coordinator import learning
 from coordinator.control.state import JobView
 from coordinator.records import Attempt, Job
 from coordinator.store.protocol import AppendEvent, Write
+from coordinator.views import plain_json
 from protos import documents
 from protos.artifact import Artifact
 from protos.ids import Digest, NodeId
@@ -73,11 +74,11 @@ async def conclude(
             "why": outcome["why"],
         }
     if metrics:
-        lines = "".join(json.dumps(line) + "\n" for line in metrics).encode()
+        lines = b"".join(plain_json(line) + b"\n" for line in metrics)
         artifacts.append(Artifact("metrics.jsonl", await put_blob(lines), len(lines)))
     if view.plan is not None:
         report = _report(view, record, decoded, names, final, measured, now_s)
-        content = (json.dumps(report, indent=2, default=str) + "\n").encode()
+        content = plain_json(report, indent=2) + b"\n"
         artifacts.append(Artifact("report.json", await put_blob(content), len(content)))
     faults = [outcome.fault for outcome in last if outcome.fault is not None]
     of_fault = next((fault.last_lines for fault in faults if fault.message == view.message), ())
@@ -88,7 +89,14 @@ async def conclude(
         "measured": measured,
         "progress": dict(progress or {}),
     }
-    return Result(json.dumps(document).encode(), tuple(writes))
+    return Result(plain_json(document), tuple(writes))
+
+
+def nothing_left(last_lines: Sequence[str]) -> Result:
+    """Of a job about which nothing else can be said."""
+    document: dict[str, Any] = {"metrics": {}, "artifacts": [], "measured": None, "progress": {}}
+    document["last_lines"] = list(last_lines)
+    return Result(plain_json(document), ())
 
 
 def _metrics(line: Mapping[str, Any]) -> Metrics:

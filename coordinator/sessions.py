@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from protos import documents
 from protos.artifact import Manifest
 from protos.capacity import Capacity
-from protos.errors import DeadlineExceeded, NotFound, Unreachable
+from protos.errors import DeadlineExceeded, HiveError, NotFound, Unreachable
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import NodeId
@@ -37,9 +37,13 @@ class Session:
     )
     tasks: dict[int, asyncio.Future[Outcome]] = field(default_factory=dict)
     files: dict[int, asyncio.Future[frozenset[str]]] = field(default_factory=dict)
+    closed: bool = False
+    open_calls: int = 0  # of the rendezvous, not answered yet
 
     def send(self, message: pb.CoordinatorMessage) -> None:
         """Queue a message; a node that does not read for so long is cut off."""
+        if self.closed:
+            return
         try:
             self.outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -47,13 +51,18 @@ class Session:
 
     def close(self) -> None:
         """End the stream; every open question fails."""
+        self.closed = True
         while not self.outgoing.empty():
             self.outgoing.get_nowait()
         self.outgoing.put_nowait(None)
         questions: list[asyncio.Future[Any]] = [*self.tasks.values(), *self.files.values()]
         for waiting in questions:
             if not waiting.done():
-                waiting.set_exception(Unreachable(f"{self.name} went away", "it is asked again when it is back"))
+                waiting.set_exception(_away(self.name))
+
+
+def _away(name: str) -> Unreachable:
+    return Unreachable(f"{name} went away", "it is asked again when it is back")
 
 
 class Sessions(Mapping[NodeId, Session]):
@@ -66,7 +75,7 @@ class Sessions(Mapping[NodeId, Session]):
     def __getitem__(self, node_id: NodeId) -> Session:
         return self._sessions[node_id]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[NodeId]:
         return iter(self._sessions)
 
     def __len__(self) -> int:
@@ -98,6 +107,8 @@ class Sessions(Mapping[NodeId, Session]):
         session = self._sessions.get(node_id)
         if session is None:
             raise NotFound(f"{node_id} is not connected", "hive nodes shows who is")
+        if session.closed:
+            raise _away(session.name)
         number = next(self._numbers)
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         session.tasks[number] = answer
@@ -117,7 +128,7 @@ class Sessions(Mapping[NodeId, Session]):
     async def who_sees(self, node_id: NodeId, manifest: Manifest, deadline_s: float) -> frozenset[str]:
         """The digests of files that a node has itself, in its cache or at the path they came from."""
         session = self._sessions.get(node_id)
-        if session is None:
+        if session is None or session.closed:
             return frozenset()
         number = next(self._numbers)
         answer: asyncio.Future[frozenset[str]] = asyncio.get_running_loop().create_future()
@@ -135,8 +146,12 @@ class Sessions(Mapping[NodeId, Session]):
     def answer_task(self, node_id: NodeId, result: work_pb2.TaskResult) -> None:
         session = self._sessions.get(node_id)
         waiting = session.tasks.get(result.call_id) if session else None
-        if waiting is not None and not waiting.done():
+        if waiting is None or waiting.done():
+            return
+        try:
             waiting.set_result(documents.decode(Outcome, result.outcome_json))
+        except HiveError as error:  # it concerns the question, not the stream
+            waiting.set_exception(error)
 
     def answer_files(self, node_id: NodeId, answer: work_pb2.FileAnswer) -> None:
         session = self._sessions.get(node_id)

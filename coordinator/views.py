@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,6 @@ from protos.plan import Identification, NodeView, Plan
 from protos.states import TERMINAL_JOB_STATES, JobState
 from protos.version import SCHEMA
 
-
 _WITHOUT_A_MESSAGE = {JobState.QUEUED: "waits for its turn", JobState.RUNNING: "training"}
 
 
@@ -24,7 +24,27 @@ def sentence(record: Job) -> str:
 
 
 def document(**content: Any) -> bytes:
-    return json.dumps({"schema": SCHEMA, **content}, allow_nan=False, default=str).encode()
+    return plain_json({"schema": SCHEMA, **content})
+
+
+def plain_json(content: Any, indent: int | None = None) -> bytes:
+    """JSON that every reader takes: a number that is none (a loss that left the rails) is null."""
+    try:
+        return json.dumps(content, allow_nan=False, default=str, indent=indent).encode()
+    except ValueError:
+        return json.dumps(_finite(content), allow_nan=False, default=str, indent=indent).encode()
+
+
+def _finite(content: Any) -> Any:
+    match content:
+        case float() if not math.isfinite(content):
+            return None
+        case Mapping():
+            return {key: _finite(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_finite(value) for value in content]
+        case _:
+            return content
 
 
 def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, Any]:
@@ -43,16 +63,20 @@ def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, An
     }
 
 
-def plan(made: Plan, found: Identification | None = None) -> dict[str, Any]:
+def plan(made: Plan, found: Identification | None, layers: int) -> dict[str, Any]:
+    """At most so many layers: a model of thousands must still fit into one message."""
     content: dict[str, Any] = {"plan": documents.plain(made)}
     if found is not None:
-        content["model"] = model(found)
+        content["model"] = model(found, layers)
         content["data"] = documents.plain(found.data)
     return content
 
 
-def model(found: Identification) -> dict[str, Any]:
+def model(found: Identification, layers: int) -> dict[str, Any]:
     shown: dict[str, Any] = documents.plain(found.profile)
+    if len(shown["layers"]) > layers:
+        shown["layers_left_out"] = len(shown["layers"]) - layers
+        shown["layers"] = shown["layers"][:layers]
     return shown
 
 

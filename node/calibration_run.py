@@ -17,8 +17,8 @@ _TURN_S = 300.0
 
 async def calibrate_machine(
     capacity: Capacity, cache: CalibrationCache, errands: Errands, threads: int, device: str, *, again: bool = False
-) -> Capacity:
-    """The capacity with measured rates. Raises HiveError when the turn does not come or the measurement fails."""
+) -> Calibration:
+    """The measured rates. Raises HiveError when the turn does not come or the measurement fails."""
     digest = calibrate.hardware_digest(capacity, calibrate.cpu_model(), calibrate.torch_version())
     kept = None if again else cache.load(digest)
     if kept is None:
@@ -27,9 +27,10 @@ async def calibrate_machine(
             if kept is None:
                 outcome = await errands.run(_task(), threads, device)
                 if outcome.fault is not None or not outcome.document:
-                    raise HiveError(outcome.fault.message if outcome.fault else "the measurement answered nothing")
+                    fault = outcome.fault
+                    raise HiveError(*(fault.message, fault.hint) if fault else ("the measurement answered nothing",))
                 kept = cache.store(digest, documents.decode(Calibration, outcome.document))
-    return calibrate.apply(capacity, kept)
+    return kept
 
 
 def _task() -> Task:

@@ -20,7 +20,9 @@ _FLAGS = (
     click.option("--coordinator", metavar="HOST:PORT", help="Where it is [default: found on the LAN by zeroconf]."),
     click.option("--name", help="What this machine is called [default: its host name]."),
     click.option("--cpus", metavar="CORES", help="At most so many cores; fractions allowed: 0.25 [default: all]."),
-    click.option("--memory", metavar="SIZE", help="At most so much for the workers: 2GiB [default: 80 % of the machine]."),
+    click.option(
+        "--memory", metavar="SIZE", help="At most so much for the workers: 2GiB [default: 80 % of the machine]."
+    ),
     click.option("--gpus", metavar="NUMBER", help="At most so many GPUs, or none [default: all]."),
     click.option("--max-upload", metavar="RATE", help="At most so fast: 10MB/s, 80Mbit [default: unbounded]."),
     click.option(

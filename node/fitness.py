@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from node import networks, probe
+from node import calibrate, networks, probe
 from node.calibrate import CalibrationCache
 from node.calibration_run import calibrate_machine
 from node.config import NodeConfig
@@ -105,7 +105,7 @@ class Fitness:
             try:
                 if self._suspect:  # speeds that are in the cache would hide it
                     await self._start_a_worker()
-                self.capacity = await calibrate_machine(
+                calibration = await calibrate_machine(
                     self.capacity, self.calibrations, self.errands, self.threads, self.device, again=again
                 )
             except (HiveError, OSError) as error:
@@ -116,6 +116,7 @@ class Fitness:
             finally:
                 self.obstacle = ""
             self._suspect = False
+            self.capacity = calibrate.apply(self.capacity, calibration)  # what else was found out meanwhile stays
             self.tell()
             self.judge("")
 

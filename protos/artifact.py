@@ -61,7 +61,7 @@ def check_digest(digest: str) -> Digest:
 def check_path(path: str) -> str:
     """Raises SpecError unless the path stays below the folder it will be written in."""
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or str(pure) != path:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or str(pure) != path:
         raise SpecError(f"unsafe path in a manifest: {path[:200]!r}", "use relative paths without '..'")
     return path
 

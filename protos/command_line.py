@@ -94,10 +94,13 @@ def run(cli: click.Command, name: str, arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         _debug_traceback()
-        if isinstance(error, ExceptionGroup) and (inner := _first_of_ours(error)):
-            return show_error(inner, as_json)
+        cause: BaseException = error
+        while isinstance(cause, BaseExceptionGroup):
+            if inner := _first_of_ours(cause):
+                return show_error(inner, as_json)
+            cause = cause.exceptions[0]  # of a task group: what made it end
         problem = HiveError(
-            f"hive failed unexpectedly: {type(error).__name__}: {error}",
+            f"hive failed unexpectedly: {type(cause).__name__}: {cause}",
             "this is a bug in hive; run again with HIVE_DEBUG=1 for the traceback",
         )
         return show_error(problem, as_json)

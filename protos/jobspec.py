@@ -6,6 +6,7 @@ naming what works, never ignored.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -216,14 +217,26 @@ def parse_text(text: str) -> JobSpec:
     if len(text.encode()) > limits.MAX_JOB_SPEC_BYTES:
         raise SpecError(f"the job file is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
     try:
-        return parse(yaml.safe_load(text))
+        return parse(_document(text))
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         place = f" at line {where.line + 1}, column {where.column + 1}" if where else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise SpecError(f"the job file is not valid YAML{place}: {problem}", "check indentation and colons") from None
+    except ValueError as error:  # a date or number of YAML's own syntax that does not exist
+        raise SpecError(f"the job file holds a value that cannot be: {error}", "put it into quotes") from None
     except RecursionError:
         raise SpecError("the job file is nested too deeply", "flatten it") from None
+
+
+def _document(text: str) -> object:
+    """JSON first: YAML reads nearly all of it, but not characters that JSON escapes as a pair."""
+    import yaml
+
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return yaml.safe_load(text)
 
 
 def dump(spec: JobSpec) -> str:

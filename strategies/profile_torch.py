@@ -7,6 +7,7 @@ is the user's to fix: MODEL_UNUSABLE with their own traceback. Weights are not r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -116,6 +117,7 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch) -> Built:
     model_torch.load_function(source, code_dir)  # imports the user's file outside of the fake world
     loss = Loss(spec.train.loss, code_dir)
     size = 0
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what fails there is tried for real, and said
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = model_torch.build(spec.model, code_dir, None, spec.train.seed)

@@ -99,7 +99,7 @@ class JobView:
     step: int = 0
     samples: int = 0
     wanted: StopMode | None = None
-    not_before_s: float = 0.0  # back-off
+    not_before_s: float = 0.0  # back-off of a new group; while planning: when to ask again
     deadline_s: float | None = None  # of the phase that is bounded now (start, hold, stop)
     identified: bool = False
     plan: Plan | None = None
@@ -160,6 +160,7 @@ class Timing:
     lease_ttl_s: float = limits.LEASE_TTL_S
     reconnect_grace_s: float = limits.RECONNECT_GRACE_S
     cut_off_grace_s: float = 1.0  # a cut-off node keeps a group waiting that is re-forming for no longer
+    identify_s: float = 900.0  # until an identification without an answer is asked for again
     start_s: float = 120.0
     hold_s: float = 20.0
     stop_s: float = 10.0

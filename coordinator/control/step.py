@@ -41,15 +41,16 @@ def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[
     match event:
         case e.Submitted():
             new = JobView(job_id=event.job_id, order=event.order)
-            new = to(new, JobState.PLANNING, Reason.IDENTIFYING, "identifying the model")
-            return state.with_job(new), [e.Identify(event.job_id)], "submitted"
+            new = to(new, JobState.PLANNING)
+            return state.with_job(_identifying(new, now_s, timing)), [e.Identify(event.job_id)], "submitted"
         case e.Identified():
             job = state.jobs.get(event.job_id)
             if job is None or job.ended:
                 return state, [], "identified too late"
             if job.state is not JobState.PLANNING:
                 return state.with_job(replace(job, identified=True)), [], "identified"
-            return state.with_job(replace(to(job, JobState.QUEUED), identified=True)), [], "identified"
+            job = replace(to(job, JobState.QUEUED), identified=True, not_before_s=now_s)
+            return state.with_job(job), [], "identified"
         case e.Refused():
             job = state.jobs.get(event.job_id)
             if job is None or job.ended or job.identified:
@@ -86,6 +87,12 @@ def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[
             return state, [], "tick"
         case _:
             assert_never(event)
+
+
+def _identifying(job: JobView, now_s: float, timing: Timing) -> JobView:
+    """Asked now, and again should the answer be lost on its way (`not_before_s`)."""
+    again_s = now_s + timing.identify_s
+    return replace(job, reason=Reason.IDENTIFYING, message="identifying the model", hint="", not_before_s=again_s)
 
 
 def _node_connected(
@@ -238,9 +245,11 @@ def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) 
         case "resume":
             if job.wanted is StopMode.PAUSE or job.state is not JobState.PAUSED:
                 raise Conflict(f"{job.job_id} is not paused", "hive show tells its state")
-            target = JobState.QUEUED if job.identified else JobState.PLANNING
-            job = replace(to(job, target, Reason.NONE, "resumed"), not_before_s=now_s, retries=0)
-            return state.with_job(job), [] if job.identified else [e.Identify(job.job_id)], "resumed"
+            if not job.identified:
+                job = _identifying(to(job, JobState.PLANNING), now_s, timing)
+                return state.with_job(job), [e.Identify(job.job_id)], "resumed"
+            job = replace(to(job, JobState.QUEUED, Reason.NONE, "resumed"), not_before_s=now_s, retries=0)
+            return state.with_job(job), [], "resumed"
         case other:
             raise Conflict(f"unknown action {other!r} for a job", "use cancel, pause or resume")
 
@@ -260,9 +269,8 @@ def _consequences(
         state, more = continue_recovery(state, job_id, now_s, timing)
         effects += more
         job = state.jobs[job_id]
-        waiting = job.state is JobState.PLANNING and job.reason is Reason.WAITING_FOR_NODES
-        if waiting and now_s >= job.not_before_s and state.willing():
-            state = state.with_job(replace(job, reason=Reason.IDENTIFYING, message="identifying the model"))
+        if job.state is JobState.PLANNING and now_s >= job.not_before_s and state.willing():
+            state = state.with_job(_identifying(job, now_s, timing))
             effects.append(e.Identify(job_id))
     state, more = schedule(state, now_s, plan_for, timing)
     return state, [*effects, *more]

@@ -529,6 +529,16 @@ def test_identification_is_asked_again_when_a_node_is_there() -> None:
     assert bench.wait(2.0, heard=("a",)) == []
 
 
+def test_an_identification_whose_answer_was_lost_is_asked_for_again() -> None:
+    bench = Bench(size=1)
+    bench.connect("a")
+    bench.do(e.Submitted(JOB, 1))
+    assert bench.wait(TIMING.identify_s - 1.0, heard=("a",), every_s=1.0) == []
+    assert bench.wait(2.0, heard=("a",)) == [e.Identify(JOB)]
+    bench.do(e.Identified(JOB))
+    assert bench.job().state is JobState.STARTING
+
+
 def test_a_model_that_is_refused_fails_the_job_with_its_reason() -> None:
     bench = Bench()
     bench.do(e.Submitted(JOB, 1))

@@ -1,4 +1,4 @@
-"""What a person does on one machine, in order: up, nodes, plan, submit, look, wait, fetch, load; and the same in Python."""
+"""What a person does on one machine, in order: up, nodes, plan, submit, look, wait, fetch, load; the same in Python."""
 
 from __future__ import annotations
 

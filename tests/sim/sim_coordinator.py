@@ -15,7 +15,7 @@ from coordinator.store.memory import MemoryStore
 from coordinator.store.protocol import Accept, PutAttempt, PutJob, Write
 from protos import documents
 from protos.capacity import Capacity
-from protos.errors import HiveError
+from protos.errors import Exhausted, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.ids import Fence, JobId, NodeId, PlanId
 from protos.plan import CoordinationPlan, CostEstimate, Plan, PlannedSubtask
@@ -40,6 +40,7 @@ class CrashingStore:
         self._store = store
         self._world = world
         self.armed: str | None = None
+        self.full_until_s = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -47,6 +48,8 @@ class CrashingStore:
     async def commit(self, *writes: Write) -> Any:
         if self.armed == "before":
             raise Crashed
+        if self._world.clock.now_s < self.full_until_s:
+            raise Exhausted("the disk is full", "free some space")
         done = await self._store.commit(*writes)
         for write in writes:
             if isinstance(write, Accept):
@@ -70,7 +73,9 @@ class SimCoordinator:
         store_: Any = self.store
         nothing: Any = None
         self.controller = Controller(store_, self.plan_for, self.perform, self.supplement, world.clock, world.timing)
-        self.members = MembershipService(nothing, self.controller, self.sessions, nothing, store_, nothing)
+        self.members = MembershipService(
+            nothing, self.controller, self.sessions, nothing, store_, nothing, replaced=lambda job_id, manifest: None
+        )
 
     # ---- effects
 
@@ -157,6 +162,14 @@ class SimCoordinator:
     # ---- what the nodes say
 
     async def receive(self, wire: Wire, message: Any) -> None:
+        """What cannot be made durable ends the stream: the node connects again and says it again."""
+        try:
+            await self._receive(wire, message)
+        except Exhausted:
+            self.world.disk_full += 1
+            self.world.cut(wire)
+
+    async def _receive(self, wire: Wire, message: Any) -> None:
         if isinstance(message, pb.Hello):
             await self._hello(wire, message)
             return

@@ -25,7 +25,7 @@ from node import agent
 from node.spool import Spool
 from protos import jobspec
 from protos.artifact import Manifest
-from protos.errors import Blame, HiveError
+from protos.errors import Blame, Exhausted, HiveError
 from protos.ids import Digest, JobId, NodeId
 from protos.states import TERMINAL_JOB_STATES, JobState, Reason
 
@@ -57,9 +57,10 @@ class Faults:
     owner: float = 0.01
     administrator: float = 0.01
     user: float = 0.03
+    disk: float = 0.005
 
 
-CALM = Faults(0, 0, 0, 0, 0, 0, 0, 0, 0)
+CALM = Faults(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(eq=False)
@@ -77,7 +78,7 @@ class World:
     digest = Digest("0" * 64)
     blame = Blame.USER_CODE
     empty_manifest = Manifest(())
-    timing = Timing(start_s=20.0, hold_s=12.0, stop_s=8.0, reconnect_grace_s=8.0)
+    timing = Timing(identify_s=15.0, start_s=20.0, hold_s=12.0, stop_s=8.0, reconnect_grace_s=8.0)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -87,6 +88,7 @@ class World:
         self.progress: dict[JobId, int] = {}
         self.partitions: dict[NodeId, float] = {}
         self.failures: list[Exception] = []
+        self.disk_full = 0
         self.coordinator: SimCoordinator | None = None
         self.mended = False
         count = self.nodes_count or self.random.randint(1, 4)
@@ -135,9 +137,7 @@ class World:
         while self.clock.now_s < limit_s:
             action = self.clock.take()
             try:
-                waiting = action()
-                if waiting is not None:
-                    await waiting
+                await self._perform(action)
                 if self.coordinator is not None:
                     self.coordinator.pump()
             except Crashed:
@@ -146,6 +146,15 @@ class World:
             if self.mended and self._quiet():
                 break
         await self.watch.at_the_end()
+
+    async def _perform(self, action: Any) -> None:
+        """A full disk fails what was asked; whoever asked logs it or repeats it, as the daemon's shells do."""
+        try:
+            waiting = action()
+            if waiting is not None:
+                await waiting
+        except Exhausted:
+            self.disk_full += 1
 
     def unfinished(self) -> list[JobId]:
         assert self.coordinator is not None
@@ -268,6 +277,7 @@ class World:
         self._often(self.faults.owner, self._owner)
         self._often(self.faults.administrator, self._administrator)
         self._often(self.faults.user, self._user)
+        self._often(self.faults.disk, self._fill_disk)
 
     def _often(self, per_s: float, action: Callable[[], Any]) -> None:
         when_s = self.random.expovariate(per_s) if per_s else self.faults_s
@@ -292,6 +302,10 @@ class World:
             if when == "now":
                 raise Crashed
             self.coordinator.store.armed = when
+
+    def _fill_disk(self) -> None:
+        if self.coordinator is not None:
+            self.coordinator.store.full_until_s = self.clock.now_s + self.random.uniform(0.1, 5.0)
 
     def _freeze_node(self) -> None:
         node = self.random.choice(self.nodes)
@@ -336,6 +350,7 @@ class World:
         self.partitions.clear()
         if self.coordinator is not None:
             self.coordinator.store.armed = None
+            self.coordinator.store.full_until_s = 0.0
         for node in self.nodes:
             if node.frozen:
                 node.thaw()

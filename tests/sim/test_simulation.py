@@ -24,6 +24,7 @@ STORM = Faults(
     owner=0.03,
     administrator=0.04,
     user=0.15,
+    disk=0.02,
 )
 REGRESSIONS = (16, 125, 151, 283, 391)  # failed once, under STORM or under the usual faults
 

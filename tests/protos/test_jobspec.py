@@ -1,0 +1,188 @@
+"""A job file is a JobSpec or a sentence that names the wrong field; never anything else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from protos import jobspec, limits
+from protos.errors import SpecError
+from protos.jobspec import JobSpec, dump, entry_point, parse, parse_text
+
+LEAST: dict[str, Any] = {"model": {"source": "model.py:build"}, "data": {"source": "builtin:digits"}}
+
+
+def merged(**parts: Any) -> dict[str, Any]:
+    return {**LEAST, **parts}
+
+
+def refusal(document: object) -> str:
+    with pytest.raises(SpecError) as refused:
+        parse(document)
+    assert refused.value.hint
+    return refused.value.message
+
+
+def test_the_least_job_file_has_defaults_for_the_rest() -> None:
+    spec = parse(LEAST)
+    assert (spec.train.epochs, spec.train.steps, spec.train.batch_size) == (1, None, 32)
+    assert (spec.strategy, spec.nodes.min, spec.sync.mode) == ("auto", 1, "auto")
+
+
+def test_the_job_file_of_the_design_is_understood() -> None:
+    spec = parse_text(
+        """
+        name: mnist-mlp
+        model: {source: model.py:build, args: {hidden: 256}}
+        data: {source: train.npz, features: x, target: y, test: test.npz}
+        train: {loss: cross_entropy, optimizer: {name: adamw, lr: 1.0e-3, weight_decay: 0.1}, batch_size: 256,
+                epochs: 3, seed: 0, precision: fp32, accumulate: auto, clip_norm: null,
+                schedule: {name: cosine, warmup_steps: 100}, evaluate_every: epoch}
+        strategy: auto
+        sync: {mode: auto, compression: auto}
+        nodes: {min: 1, max: 8, require: {gpu: false}}
+        checkpoint: {every_s: 60, keep: 2}
+        """
+    )
+    assert spec.train.optimizer.model_dump()["weight_decay"] == 0.1
+    assert spec.train.schedule.warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (merged(modle={}), ["modle: unknown key", "'model'"]),
+        (merged(train={"batchsize": 3}), ["train.batchsize: unknown key", "'batch_size'"]),
+        (merged(train={"schedule": {"warmup": 3}}), ["train.schedule.warmup: unknown key", "'warmup_steps'"]),
+        (merged(nodes={"require": {"gpus": True}}), ["nodes.require.gpus: unknown key", "'gpu'"]),
+        (merged(data={"source": "a.csv", "colour": 1}), ["data.colour: unknown key"]),
+        ({"data": LEAST["data"]}, ["model: missing"]),
+        (merged(model={}), ["model.source: missing"]),
+        (merged(train={"batch_size": 0}), ["train.batch_size", "greater than 0"]),
+        (merged(train={"epochs": 1, "steps": 1}), ["train", "epochs or steps, not both"]),
+        (merged(train={"loss": "cross_entopy"}), ["train.loss", "'cross_entropy'", "What works"]),
+        (merged(train={"optimizer": {"name": "adamx"}}), ["train.optimizer.name", "'adam"]),
+        (merged(train={"precision": "fp8"}), ["train.precision", "What works: fp32"]),
+        (merged(nodes={"min": 3, "max": 2}), ["nodes", "max 2 is below min 3"]),
+        (merged(nodes={"max": 9999}), ["nodes.max"]),
+        (merged(strategy="data_paralel"), ["strategy", "'data_parallel'"]),
+        (merged(strategy="pipeline_parallel"), ["strategy", "is not built", "auto"]),
+        (merged(strategy={"pipeline_parallel": {"stages": 2}}), ["strategy", "not built yet"]),
+        (merged(federated={"rounds": 3}), ["federated", "not built yet"]),
+        (merged(sync={"mode": "swarm"}), ["sync.mode", "What works: auto, step"]),
+        (merged(sync={"compression": "top_k"}), ["sync.compression", "fp16"]),
+        ([], ["mapping"]),
+        (None, ["mapping"]),
+        ("text", ["mapping"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_wrong_field_is_named_with_what_was_meant(document: object, words: list[str]) -> None:
+    message = refusal(document)
+    for word in words:
+        assert word in message
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    message = refusal(merged(train={"batch_size": 0, "seed": -1}, nodes={"min": 0}))
+    assert all(path in message for path in ("train.batch_size", "train.seed", "nodes.min"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "line 1"),
+        ("a: 1\n b: 2\n", "line 2"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("name: 2024-99-99", "put it into quotes"),
+        ("name: " + "9" * 5000, "put it into quotes"),
+        ("", "mapping"),
+        ("[" * 5000, ""),
+    ],
+)
+def test_text_that_is_no_job_file_is_refused_with_its_place(text: str, words: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        parse_text(text)
+    assert words in f"{refused.value.message} {refused.value.hint}"
+
+
+def test_a_job_file_may_be_json_with_any_name() -> None:
+    text = json.dumps(merged(name="\U0001f41d hive"))
+    assert "\\ud83d" in text
+    assert parse_text(text).name == "\U0001f41d hive"
+
+
+def test_a_job_file_is_bounded() -> None:
+    with pytest.raises(SpecError, match="over"):
+        parse_text("#" * (limits.MAX_JOB_SPEC_BYTES + 1))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("model.py:build", ("model.py", "build")),
+        ("nets/a.py:Net_2", ("nets/a.py", "Net_2")),
+        ("model.safetensors", None),
+        ("model.py", None),
+        ("model.py:", None),
+        ("model.py:2x", None),
+        ("a:b.py:c", None),
+        ("builtin:digits", None),
+    ],
+)
+def test_an_entry_point_is_a_file_and_a_name(source: str, found: tuple[str, str] | None) -> None:
+    assert entry_point(source) == found
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.sampled_from([*JobSpec.model_fields, "federated", "source", "loss", "lr", "min", "max", "name"])
+documents = st.dictionaries(
+    fields | st.text(max_size=8), plain | st.dictionaries(fields, plain, max_size=4), max_size=6
+)
+anything = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@anything
+@given(document=plain | documents | documents.map(lambda document: {**LEAST, **document}))
+def test_any_document_is_a_job_spec_or_a_spec_error(document: object) -> None:
+    try:
+        spec = parse(document)
+    except SpecError as error:
+        assert error.message
+        assert error.hint
+    else:
+        assert parse(json.loads(dump(spec))) == spec
+
+
+@anything
+@given(
+    text=st.text(max_size=200) | plain.map(yaml.safe_dump) | st.text(alphabet="{}[]:,-&*!|>'\"#%@ \n\tab1", max_size=80)
+)
+def test_any_text_is_a_job_spec_or_a_spec_error(text: str) -> None:
+    try:
+        parse_text(text)
+    except SpecError as error:
+        assert error.message
+
+
+@anything
+@given(
+    batch=st.integers(1, 10_000),
+    lr=st.floats(1e-8, 10.0),
+    name=st.text(st.characters(codec="utf-8"), min_size=1, max_size=limits.MAX_NAME_CHARACTERS),
+    strategy=st.sampled_from(["auto", *[strategy.value for strategy in jobspec.BUILT_STRATEGIES]]),
+)
+def test_a_job_spec_survives_json_and_yaml(batch: int, lr: float, name: str, strategy: str) -> None:
+    spec = parse(merged(name=name, strategy=strategy, train={"batch_size": batch, "optimizer": {"lr": lr}}))
+    assert parse(json.loads(dump(spec))) == spec
+    assert parse_text(dump(spec)) == spec
+    assert dump(parse(json.loads(dump(spec)))) == dump(spec)
