@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -48,8 +49,7 @@ def main() -> int:
         for name in options.only or BENCHMARKS:
             stage.tell(f"== {name}")
             started = time.monotonic()
-            found = BENCHMARKS[name](stage)
-            findings.append(replace(found, seconds=time.monotonic() - started))
+            findings.append(replace(_measured(name, stage), seconds=time.monotonic() - started))
             if options.json is not None:  # after each, so that an interrupted run has left what it found
                 content = document(findings, {key: value for key, value in vars(options).items() if key != "json"})
                 options.json.write_text(json.dumps(content, indent=1) + "\n")
@@ -59,6 +59,15 @@ def main() -> int:
         print("a quick run: the figures mean nothing")
         return 0
     return 0 if all(finding.passed for finding in findings) else 1
+
+
+def _measured(name: str, stage: Stage) -> Finding:
+    """One benchmark; what it cannot measure is its own failure, and the others go on."""
+    try:
+        return BENCHMARKS[name](stage)
+    except Exception as error:
+        traceback.print_exc()
+        return Finding(name, (), error=str(error).strip() or type(error).__name__)
 
 
 def _options() -> argparse.Namespace:

@@ -66,10 +66,11 @@ class Finding:
     figures: tuple[Figure, ...]
     detail: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    error: str = ""  # why it could not be measured: then it has not passed
 
     @property
     def passed(self) -> bool:
-        return all(figure.passed is not False for figure in self.figures)
+        return not self.error and all(figure.passed is not False for figure in self.figures)
 
 
 def figure_of(name: str, found: Estimate, unit: str = "", gate: Gate | None = None, note: str = "") -> Figure:
@@ -114,6 +115,7 @@ def _plain(finding: Finding) -> dict[str, Any]:
         "name": finding.name,
         "passed": finding.passed,
         "seconds": round(finding.seconds, 1),
+        "error": finding.error,
         "figures": figures,
         "detail": dict(finding.detail),
     }
@@ -122,13 +124,17 @@ def _plain(finding: Finding) -> dict[str, Any]:
 def table(findings: Sequence[Finding]) -> str:
     """One line per figure, aligned."""
     head = ("benchmark", "figure", "value", "interval", "gate", "", "note")
-    rows = [head] + [_row(finding.name, figure) for finding in findings for figure in finding.figures]
+    rows = [head]
+    for finding in findings:
+        rows += [_row(finding.name, figure) for figure in finding.figures]
+        if finding.error:
+            rows.append((finding.name, "not measured", "", "", "", "FAIL", finding.error.splitlines()[0][:200]))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _row(benchmark: str, figure: Figure) -> tuple[str, ...]:
+def _row(benchmark: str, figure: Figure) -> tuple[str, str, str, str, str, str, str]:
     interval = "" if figure.low is None or figure.high is None else f"{_short(figure.low)} .. {_short(figure.high)}"
     verdict = {None: "", True: "pass", False: "FAIL"}[figure.passed]
     value = f"{_short(figure.value)} {figure.unit}".strip()

@@ -7,13 +7,14 @@ Each times its own training loop, first step to last, warm-up included.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bench.cluster import NODES, loop_samples_per_s, plain_loop, run_job, torchrun_ddp
 from bench.paired import Round, compare
 from bench.report import Bound, Figure, Finding, Gate, ratio_figures
 from bench.stage import Stage
-from bench.workloads import DIGITS_CNN, GPT_10M, Workload, Written, write
+from bench.workloads import DIGITS_CNN, GPT_10M, Written, write
 
 GATE = Gate(Bound.AT_LEAST, 0.97)
 QUICK_STEPS = {DIGITS_CNN.name: 200, GPT_10M.name: 3}
@@ -35,7 +36,8 @@ def _against(stage: Stage, strategy: str, nodes: tuple[str, ...], ranks: int, pe
     detail: dict[str, Any] = {}
     for workload in (DIGITS_CNN, GPT_10M):
         steps = QUICK_STEPS[workload.name] if stage.quick else workload.steps
-        written = write(_scaled(workload, ranks, steps), strategy, nodes, stage.subfolder("jobs"))
+        sized = replace(workload, batch=workload.batch * ranks, steps=steps)
+        written = write(sized, strategy, nodes, stage.subfolder("jobs"))
         rounds, runs = _rounds(stage, written, peer)
         found = compare(rounds, stage.seed)
         figures += ratio_figures(workload.name, found, GATE)
@@ -43,12 +45,6 @@ def _against(stage: Stage, strategy: str, nodes: tuple[str, ...], ranks: int, pe
         figures.append(Figure(f"{workload.name}: peer's best step", step_ms, "ms"))
         detail[workload.name] = runs
     return Finding(strategy, tuple(figures), detail)
-
-
-def _scaled(workload: Workload, ranks: int, steps: int) -> Workload:
-    return Workload(
-        workload.name, workload.folder, workload.function, workload.args, workload.data, workload.batch * ranks, steps
-    )
 
 
 def _rounds(stage: Stage, written: Written, peer: Peer) -> tuple[list[Round], list[dict[str, Any]]]:

@@ -1,4 +1,7 @@
-"""The cluster as the planner sees it: connected nodes with what they measured, and the links between pairs."""
+"""The cluster as the planner sees it: connected nodes with what they measured.
+
+Pairs of nodes are not probed yet: strategies.links says what stands in for an unmeasured link.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,9 @@ from collections.abc import Collection, Iterable
 
 from coordinator.control.state import NodeStatus
 from coordinator.sessions import Sessions
-from protos.capacity import Capacity, LinkEstimate
 from protos.ids import NodeId
 from protos.plan import ClusterView, NodeView
 from protos.states import Activity, Eligibility, NodeLink
-
-LOOPBACK_RTT_S = 1e-4
-LOOPBACK_BYTES_PER_S = 1.5e9
-UNMEASURED_RTT_S = 1e-3
-UNMEASURED_BYTES_PER_S = 1e8
 
 _NAMED = 3
 
@@ -51,21 +48,4 @@ def cluster_view(sessions: Sessions, among: Collection[NodeId]) -> ClusterView:
         for node_id in sorted(among)
         if node_id in sessions
     )
-    links = {
-        (a.node_id, b.node_id): link(a.capacity, b.capacity)
-        for position, a in enumerate(views)
-        for b in views[position + 1 :]
-    }
-    return ClusterView(views, links)
-
-
-def link(a: Capacity, b: Capacity) -> LinkEstimate:
-    """Until pairs are probed: loopback on one machine, else the worse of what each measured to the coordinator."""
-    if a.machine_id and a.machine_id == b.machine_id:
-        return LinkEstimate(LOOPBACK_RTT_S, LOOPBACK_BYTES_PER_S, "loopback")
-    rtt_s = max(UNMEASURED_RTT_S if c.rtt_s is None else c.rtt_s for c in (a, b))
-    rates = [c.bandwidth_bytes_per_s or UNMEASURED_BYTES_PER_S for c in (a, b)]
-    rates += [c.max_upload_bytes_per_s for c in (a, b) if c.max_upload_bytes_per_s]
-    mine = {network.cidr for network in a.networks if network.cidr != "loopback"}
-    common = sorted(mine & {network.cidr for network in b.networks})
-    return LinkEstimate(rtt_s, min(rates), common[0] if common else None)
+    return ClusterView(views)

@@ -47,6 +47,7 @@ def decompose(
             spec=spec,
             samples=samples,
             accumulate=subtask.accumulate,
+            device=subtask.device,
             network=plan.coordination_plan.network,
             compression=plan.coordination_plan.compression,
             collective_timeout_s=collective_timeout_s(plan.estimate.step_s),

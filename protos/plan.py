@@ -120,6 +120,7 @@ class PlannedSubtask:
     replica: int = 0
     synchronization: str = "none"
     accumulate: int = 1
+    device: int = 0  # which of the node's granted GPUs; 0 where there is none
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Task:
     spec: JobSpec
     samples: tuple[int, ...]  # per rank, of one full global batch; sums to the batch size
     accumulate: int = 1  # micro-batches this rank cuts its slice into
+    device: int = 0  # which of the node's granted GPUs; 0 where there is none
     network: str = ""  # what the group binds to
     compression: str = "none"
     collective_timeout_s: float = 20.0

@@ -6,6 +6,7 @@ runs is in *_torch.py files. Invariant: a strategy that has no reason against a 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -101,6 +102,7 @@ def train_subtasks(inputs: Inputs, placed: PlacedEstimate, synchronization: str)
     layers = inputs.profile.layers
     subtasks = []
     start = 0
+    on_node: Counter[NodeId] = Counter()
     for placement, accumulate in zip(placed.placements, placed.accumulate, strict=True):
         subtasks.append(
             PlannedSubtask(
@@ -114,7 +116,9 @@ def train_subtasks(inputs: Inputs, placed: PlacedEstimate, synchronization: str)
                 replica=placement.rank,
                 synchronization=synchronization,
                 accumulate=accumulate,
+                device=on_node[placement.node_id],
             )
         )
+        on_node[placement.node_id] += 1
         start += placement.samples
     return tuple(subtasks)

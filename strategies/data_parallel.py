@@ -16,7 +16,7 @@ from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
 from strategies import cost
 from strategies.base import Inputs, PlacedEstimate, train_subtasks
 from strategies.cost import Speed
-from strategies.links import Link, TrustedGroup, download_s, link_between, trusted_groups
+from strategies.links import Link, TrustedGroup, download_s, link_between, ranks_of, trusted_groups
 from strategies.memory import largest_micro_batch, worker_bytes
 from strategies.partition import RankSpeed, split_batch
 from strategies.single_node import memory_reason, micro_batches
@@ -70,7 +70,7 @@ def _first_reasons(inputs: Inputs) -> tuple[str, ...]:
         return ("nodes.max is 1",)
     if inputs.spec.train.batch_size < 2:
         return ("a batch of one sample cannot be cut",)
-    if len(eligible) < max(2, nodes.min):
+    if len(eligible) < nodes.min or sum(map(ranks_of, eligible)) < 2:
         others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
         return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
     if not _groups(inputs):
@@ -100,8 +100,7 @@ def _are(count: int) -> str:
 
 
 def _groups(inputs: Inputs) -> list[TrustedGroup]:
-    smallest = max(2, inputs.spec.nodes.min)
-    return [group for group in trusted_groups(inputs.eligible) if len(group.nodes) >= smallest]
+    return [group for group in trusted_groups(inputs.eligible) if len(group.nodes) >= inputs.spec.nodes.min]
 
 
 def _member(inputs: Inputs, node: NodeView) -> _Member | None:
@@ -119,7 +118,7 @@ def _best(inputs: Inputs) -> PlacedEstimate | None:
     members = {node.node_id: _member(inputs, node) for node in inputs.eligible}
     holding = inputs.holders & {node.node_id for node in inputs.eligible}
     for group in _groups(inputs):
-        found = [member for node in group.nodes if (member := members[node.node_id])]
+        found = [member for node in group.nodes if (member := members[node.node_id]) for _ in range(ranks_of(node))]
         if holding and not any(member.node.node_id in holding for member in found):
             continue
         for placed in _prefixes(inputs, group.network, _in_order(inputs, found)):
@@ -129,7 +128,7 @@ def _best(inputs: Inputs) -> PlacedEstimate | None:
 
 
 def _in_order(inputs: Inputs, members: list[_Member]) -> list[_Member]:
-    """Fastest on the whole batch first; a node that holds the newest state before all others."""
+    """A member per rank, fastest on the whole batch first; one that holds the newest state before all others."""
     batch = inputs.spec.train.batch_size
     ordered = sorted(members, key=lambda member: (member.speed.step_s(batch), member.node.name))
     holder = next((member for member in ordered if member.node.node_id in inputs.holders), None)
@@ -137,19 +136,22 @@ def _in_order(inputs: Inputs, members: list[_Member]) -> list[_Member]:
 
 
 def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[PlacedEstimate]:
-    smallest, largest = max(2, inputs.spec.nodes.min), min(inputs.spec.nodes.max, len(ordered))
+    least_nodes, most_nodes = inputs.spec.nodes.min, inputs.spec.nodes.max
     batch = inputs.spec.train.batch_size
     # a person who names the strategy wants every node at work, also one that a split by speed would leave out
     least = 1 if inputs.spec.strategy == StrategyName.DATA_PARALLEL else 0
     answers = []
     worst = Link(0.0, math.inf)
-    for count in range(2, largest + 1):
+    for count in range(2, len(ordered) + 1):
         joined = ordered[count - 1]
         for other in ordered[: count - 1]:
             link = link_between(inputs.cluster, joined.node, other.node)
             worst = Link(max(worst.rtt_s, link.rtt_s), min(worst.bytes_per_s, link.bytes_per_s))
         prefix = ordered[:count]
-        if count < smallest or sum(member.cap for member in prefix) < batch:
+        used = len({member.node.node_id for member in prefix})
+        if used > most_nodes:
+            break
+        if used < least_nodes or sum(member.cap for member in prefix) < batch:
             continue
         if batch < least * count:
             continue

@@ -67,8 +67,13 @@ def download_s(size_bytes: int, node: NodeView) -> float:
     return (capacity.rtt_s or LAN_RTT_S) + size_bytes / (capacity.bandwidth_bytes_per_s or LAN_BYTES_PER_S)
 
 
+def ranks_of(node: NodeView) -> int:
+    """One per granted GPU; a node without one is one rank."""
+    return max(1, len(node.capacity.gpus))
+
+
 def trusted_groups(nodes: Iterable[NodeView]) -> tuple[TrustedGroup, ...]:
-    """Groups of two or more; a node may be in several."""
+    """Groups of two ranks or more; a node may be in several."""
     groups: dict[tuple[str, str], list[NodeView]] = {}
     for node in nodes:
         if node.capacity.machine_id:
@@ -76,7 +81,11 @@ def trusted_groups(nodes: Iterable[NodeView]) -> tuple[TrustedGroup, ...]:
         for cidr in sorted({network.cidr for network in node.capacity.networks}):
             if not _is_loopback(cidr):
                 groups.setdefault((cidr, ""), []).append(node)
-    return tuple(TrustedGroup(network, tuple(members)) for (network, _), members in groups.items() if len(members) > 1)
+    return tuple(
+        TrustedGroup(network, tuple(members))
+        for (network, _), members in groups.items()
+        if sum(map(ranks_of, members)) > 1
+    )
 
 
 def _is_loopback(cidr: str) -> bool:

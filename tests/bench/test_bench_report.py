@@ -56,3 +56,11 @@ def test_table_and_document_say_the_same() -> None:
     assert (benchmark["name"], benchmark["detail"], benchmark["seconds"]) == ("single_node", {"runs": [1, 2]}, 3.2)
     assert benchmark["figures"][0]["gate"] == ">= 0.97"
     assert [figure["passed"] for figure in benchmark["figures"]] == [False, None]
+
+
+def test_what_could_not_be_measured_has_not_passed() -> None:
+    finding = Finding("heartbeats", (), error="AssertionError: the simulated nodes ended\nmore")
+    assert not finding.passed
+    line = table([finding]).splitlines()[2]
+    assert "not measured" in line and "FAIL" in line and "more" not in line
+    assert document([finding], {})["passed"] is False

@@ -1,4 +1,4 @@
-"""One coordinator and two nodes on loopback with a data_parallel job that runs as long as the tests of a module do."""
+"""One coordinator and two nodes on loopback with a data_parallel job that runs as long as the tests do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ class Working:
     """A cluster at work: n0 was given its token as a flag, n1 by HIVE_TOKEN."""
 
     cluster: Cluster
-    job_id: str
+    job_id: str = ""
+
+    def begin(self) -> None:
+        """A job on both nodes that nobody will wait for."""
+        if self.job_id:
+            self.cluster.hive("cancel", self.job_id)
+        self.cluster.wait_ready(2)
+        self.job_id = self.cluster.submit(JOB, "train.steps=1000000")
+        job = self.cluster.wait_step(self.job_id, 20)
+        assert sorted(job["nodes"]) == ["n0", "n1"]
 
     @property
     def coordinator_pid(self) -> int:
@@ -58,18 +67,17 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "calibration"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def working(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Iterator[Working]:
     cluster = Cluster(tmp_path_factory.mktemp("guarded"), calibration)
     try:
         cluster.start_coordinator()
         cluster.start_node("n0")
         _start_by_environment(cluster, "n1")
-        cluster.wait_ready(2)
-        job_id = cluster.submit(JOB, "train.steps=1000000")
-        cluster.wait_step(job_id, 20)
-        yield Working(cluster, job_id)
-        cluster.hive("cancel", job_id, check=False)
+        made = Working(cluster)
+        made.begin()
+        yield made
+        cluster.hive("cancel", made.job_id, check=False)
     finally:
         cluster.close()
 

@@ -225,7 +225,7 @@ def test_a_replayed_message_does_nothing_a_second_time(working: Working) -> None
     said = (cluster.home / "coordinator" / "jobs" / working.job_id / f"rank-{rank}.log").read_text()
     assert "forged" not in said and said.count("said once") == 1
     node.start()
-    cluster.hive("cancel", working.job_id)
+    working.begin()
 
 
 # ---- sizes and contents

@@ -29,6 +29,8 @@ def test_private_keys_lie_in_files_of_their_owner_alone(working: Working) -> Non
     assert {"coordinator/coordinator/authority.pem", "coordinator/client/credential.json"} <= names
     assert {"n0/node/credential.json", "n1/node/credential.json"} <= names
     assert {str(path): stat.S_IMODE(path.stat().st_mode) for path in holders if path.stat().st_mode & 0o077} == {}
+    for token in working.cluster.home.rglob("join-token.json"):
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
     for folder in ("coordinator/coordinator", "coordinator/client", "n1/node"):
         assert stat.S_IMODE((working.cluster.folder / folder).stat().st_mode) == 0o700, folder
 
@@ -50,7 +52,7 @@ def test_no_log_no_database_and_no_result_holds_a_secret(working: Working) -> No
     secrets["key of the authority"] = key_body(authority.read_text()[begin:])
     found = []
     for path in files(cluster.folder):
-        if path in holders or path == authority:
+        if path in holders or path == authority or path.name == "join-token.json":
             continue
         content = path.read_bytes()
         if path.name == "coordinator.log":  # what it printed for its owner on standard output is not a log
