@@ -24,7 +24,7 @@ from coordinator.records import Attempt, Job, Member
 from coordinator.store.protocol import AppendEvent, PutJob, PutMember, Store, Write
 from protos import documents
 from protos.capacity import Capacity
-from protos.errors import NotFound
+from protos.errors import AccessError, NotFound
 from protos.ids import Fence, JobId, NodeId
 from protos.plan import Plan
 from protos.states import TERMINAL_JOB_STATES, Eligibility, JobState, NodeLink
@@ -170,12 +170,14 @@ class Controller:
 
     async def _describe_node(self, node_id: NodeId, name: str, capacity: Capacity) -> None:
         document = documents.encode(capacity)
-        known = self._members.get(node_id) or await self._store.member(node_id)
+        known = await self._store.member(node_id)  # not from memory: whoever joins again is written by enrolment
+        if known is not None and known.left:
+            raise AccessError(f"{name} was removed from this cluster", "join again with a token: hive token create")
         if known is not None and known.capacity_json == document:
             self._members[node_id] = known
             return
         made = known or Member(node_id, name, "node", NodeLink.JOINING, Eligibility.OK, self._clock())
-        made = replace(made, name=name, capacity_json=document, left=False)
+        made = replace(made, name=name, capacity_json=document)
         await self._store.commit(PutMember(made, known.version if known else None))
         self._members[node_id] = replace(made, version=(known.version if known else 0) + 1)
 

@@ -143,8 +143,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
                         self._begin_store_call(session, message.store_call, group)
                     case "capacity_json":
                         session.capacity = documents.decode(Capacity, message.capacity_json)
-                        if not session.closed:  # a node that was just removed does not come back by this
-                            await self._controller.describe_node(session.node_id, session.name, session.capacity)
+                        await self._controller.describe_node(session.node_id, session.name, session.capacity)
                     case "file_answer":
                         self._sessions.answer_files(session.node_id, message.file_answer)
                     case "task_result":
