@@ -15,14 +15,17 @@ from protos.states import Activity, Eligibility, NodeLink
 
 _NAMED = 3
 
+JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
+_WAIT_HINT = "hive nodes shows how each one is: measuring takes seconds, hive-node resume ends a pause"
 
-def nobody(nodes: Iterable[NodeStatus]) -> str:
-    """Why there is no node that takes work: none has joined, or what each of those that have is doing."""
+
+def nobody(nodes: Iterable[NodeStatus]) -> tuple[str, str]:
+    """Why there is no node that takes work (none has joined, or what each of those that have is doing), and a hint."""
     why = [f"{node.name} is {_doing(node)}" for node in nodes if node.link is not NodeLink.LEFT and not node.willing]
     if not why:
-        return "no node has joined"
+        return "no node has joined", JOIN_HINT
     more = f" and {len(why) - _NAMED} more" if len(why) > _NAMED else ""
-    return f"no node takes work yet: {', '.join(why[:_NAMED])}{more}"
+    return f"no node takes work yet: {', '.join(why[:_NAMED])}{more}", _WAIT_HINT
 
 
 def _doing(node: NodeStatus) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from protos.artifact import Manifest
@@ -35,6 +36,7 @@ def decompose(
 ) -> tuple[Task, ...]:
     """In the order of the ranks; task i belongs to plan.subtasks[i].node_id."""
     subtasks = sorted(plan.subtasks, key=lambda subtask: subtask.rank)
+    ranks = Counter(subtask.node_id for subtask in subtasks)
     samples = tuple(subtask.data_range[1] - subtask.data_range[0] for subtask in subtasks)
     return tuple(
         Task(
@@ -48,6 +50,7 @@ def decompose(
             samples=samples,
             accumulate=subtask.accumulate,
             device=subtask.device,
+            ranks_here=ranks[subtask.node_id],
             network=plan.coordination_plan.network,
             compression=plan.coordination_plan.compression,
             collective_timeout_s=collective_timeout_s(plan.estimate.step_s),

@@ -105,7 +105,7 @@ class Effects:
         idle = controller.state.idle()
         nodes = (*idle, *(node for node in controller.state.willing() if node not in idle))
         try:
-            why = nobody(controller.state.nodes.values())
+            why, _ = nobody(controller.state.nodes.values())
             found = await self._identifier.identify(submission, job_id, nodes, why)
         except Refusal as refusal:
             blame = refusal.blame or Blame.USER_CODE

@@ -31,7 +31,7 @@ from coordinator.token_book import TokenBook
 from protos import documents, jobspec, limits
 from protos.artifact import Manifest, check_manifest
 from protos.capacity import Capacity
-from protos.errors import AccessError, Conflict, ErrorCode, Exhausted, HiveError, NotFound, SpecError
+from protos.errors import AccessError, Conflict, ErrorCode, Exhausted, HiveError, NoPlacement, NotFound, SpecError
 from protos.gen import jobs_pb2, jobs_pb2_grpc
 from protos.ids import JobId, NodeId, new_job_id
 from protos.plan import Identification, NodeView, Plan
@@ -119,11 +119,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         await self.identifier.check_file(submission)
         nodes = self.controller.state.willing()
         if not nodes:
-            raise HiveError(
-                f"there is nothing to plan with: {nobody(self.controller.state.nodes.values())}",
-                "start one with hive-node start --token TOKEN; hive token create prints the whole command",
-                code=ErrorCode.NO_PLACEMENT,
-            )
+            why, hint = nobody(self.controller.state.nodes.values())
+            raise NoPlacement(f"there is nothing to plan with: {why}", hint)
         found = await self.identifier.identify(submission, JobId("plan"), nodes)
         return _answer(**views.plan(self.placement.plan_now(submission, found, nodes), found, _LAYERS_SHOWN))
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from coordinator import planner
-from coordinator.cluster import cluster_view
+from coordinator.cluster import JOIN_HINT, cluster_view
 from coordinator.control.events import Unplaced
 from coordinator.learning import Learner
 from coordinator.sessions import Sessions
@@ -26,8 +26,6 @@ from protos.states import Reason
 
 log = structlog.get_logger()
 
-JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
-
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -38,11 +36,13 @@ class Known:
 
 
 class Placement:
-    def __init__(self, sessions: Sessions, learner: Learner, rng: random.Random, nobody: Callable[[], str]) -> None:
+    def __init__(
+        self, sessions: Sessions, learner: Learner, rng: random.Random, nobody: Callable[[], tuple[str, str]]
+    ) -> None:
         self._sessions = sessions
         self._learner = learner
         self._rng = rng
-        self._nobody = nobody  # why no node takes work, in words
+        self._nobody = nobody  # why no node takes work, and a hint
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
 
@@ -59,7 +59,7 @@ class Placement:
     def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
         """A dry run over all nodes that would take work. Raises NoPlacement."""
         if not nodes:
-            raise NoPlacement(self._nobody(), JOIN_HINT)
+            raise NoPlacement(*self._nobody())
         view = cluster_view(self._sessions, nodes)
         learner = self._learner
         return planner.plan(submission.spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
@@ -74,7 +74,7 @@ class Placement:
     ) -> Plan | Unplaced:
         """coordinator.control.events.PlanFor."""
         if not willing:
-            return Unplaced(self._nobody(), JOIN_HINT, False, Reason.WAITING_FOR_NODES)
+            return Unplaced(*self._nobody(), permanent=False, reason=Reason.WAITING_FOR_NODES)
         known = self._jobs.get(job_id)
         if known is None:
             return _broken("what was found out about its model cannot be read by this version", "submit it again")

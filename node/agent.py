@@ -1,7 +1,8 @@
 """What this node should do next: leases in, workers to start and stop and reports to send out. Pure.
 
-Invariants: at most one worker of a job at a time (the next group starts when the last worker has ended: they share a
-checkpoint folder); a job's fence never goes back; every lease ends in exactly one DONE or FAILED report.
+Invariants: at most one worker per rank, and all workers of a job are of one fence (the next group starts when the last
+worker of the one before has ended: they share a checkpoint folder); a job's fence never goes back, and one that was
+stopped, or of which a rank has ended, takes no further rank; every lease ends in exactly one DONE or FAILED report.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ class Phase(StrEnum):
     ENDED = "ended"  # reported, not yet acknowledged
 
 
+Key = tuple[JobId, Fence, int]
+"""Of a lease: job, fence and rank. A node has a rank per granted GPU, so several of one fence."""
+
+
+def key_of(task: Task) -> Key:
+    return task.job_id, task.fence, task.rank
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One lease. `state` is what was last reported."""
@@ -37,8 +46,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    works: Mapping[tuple[JobId, Fence], Work] = field(default_factory=lambda: MappingProxyType({}))
-    fences: Mapping[JobId, Fence] = field(default_factory=lambda: MappingProxyType({}))
+    """`closed`: the highest fence of a job of which no rank is taken any more, nor of any fence below it."""
+
+    works: Mapping[Key, Work] = field(default_factory=lambda: MappingProxyType({}))
+    closed: Mapping[JobId, Fence] = field(default_factory=lambda: MappingProxyType({}))
     paused: str = ""  # why the owner paused this node, empty when not
     draining: str = ""
 
@@ -46,7 +57,7 @@ class State:
     def activity(self) -> tuple[Activity, str]:
         if self.paused or self.draining:
             return Activity.PAUSED, self.paused or self.draining
-        busy = [work.task.job_id for work in self.works.values() if work.phase is not Phase.ENDED]
+        busy = dict.fromkeys(work.task.job_id for work in self.works.values() if work.phase is not Phase.ENDED)
         return (Activity.BUSY, f"works on {', '.join(busy)}") if busy else (Activity.IDLE, "")
 
     def leases(self) -> tuple[HeldLease, ...]:
@@ -64,6 +75,8 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
+    """All ranks of this fence on this node, also those whose offer is still on its way."""
+
     job_id: JobId
     fence: Fence
     mode: StopMode
@@ -74,12 +87,14 @@ class StopAsked:
 class WorkerReady:
     job_id: JobId
     fence: Fence
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgressed:
     job_id: JobId
     fence: Fence
+    rank: int
     step: int
 
 
@@ -89,6 +104,7 @@ class WorkerEnded:
 
     job_id: JobId
     fence: Fence
+    rank: int
     outcome: Outcome
 
 
@@ -98,6 +114,7 @@ class Acknowledged:
 
     job_id: JobId
     fence: Fence
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +137,7 @@ class Start:
 class StopWorker:
     job_id: JobId
     fence: Fence
+    rank: int
     mode: StopMode
     why: str
 
@@ -150,13 +168,13 @@ def step(state: State, event: Event) -> Decision:
         case StopAsked():
             return _stop(state, event)
         case WorkerReady():
-            work = state.works.get((event.job_id, event.fence))
+            work = state.works.get((event.job_id, event.fence, event.rank))
             if work is None or work.phase is not Phase.WORKING or work.state is not AttemptState.ACCEPTED:
                 return Decision(state, (), "not working")
             state = _with(state, replace(work, state=AttemptState.READY))
             return Decision(state, (_report(work.task, AttemptState.READY),), "ready")
         case WorkerProgressed():
-            work = state.works.get((event.job_id, event.fence))
+            work = state.works.get((event.job_id, event.fence, event.rank))
             if work is None or work.phase is not Phase.WORKING:
                 return Decision(state, (), "not working")
             effects: tuple[Effect, ...] = ()
@@ -167,7 +185,7 @@ def step(state: State, event: Event) -> Decision:
         case WorkerEnded():
             return _ended(state, event)
         case Acknowledged():
-            work = state.works.get((event.job_id, event.fence))
+            work = state.works.get((event.job_id, event.fence, event.rank))
             if work is None or work.phase is not Phase.ENDED:
                 return Decision(state, (), "nothing to forget")
             kept = {key: other for key, other in state.works.items() if other is not work}
@@ -183,78 +201,92 @@ def _report(task: Task, state: AttemptState, outcome: Outcome | None = None) -> 
 
 
 def _with(state: State, work: Work) -> State:
-    works = MappingProxyType({**state.works, (work.task.job_id, work.task.fence): work})
-    fence = max(work.task.fence, state.fences.get(work.task.job_id, Fence(0)))
-    return replace(state, works=works, fences=MappingProxyType({**state.fences, work.task.job_id: fence}))
+    return replace(state, works=MappingProxyType({**state.works, key_of(work.task): work}))
+
+
+def _close(state: State, job_id: JobId, fence: int) -> State:
+    highest = max(Fence(fence), state.closed.get(job_id, Fence(0)))
+    return replace(state, closed=MappingProxyType({**state.closed, job_id: highest}))
+
+
+def _end(state: State, work: Work, outcome: Outcome) -> tuple[State, Report]:
+    """The last report of a lease. Its group is not whole any more: no further rank of it begins here."""
+    step_now = max(work.step, outcome.step)
+    state = _with(state, replace(work, phase=Phase.ENDED, state=outcome.state, step=step_now))
+    return _close(state, work.task.job_id, work.task.fence), _report(work.task, outcome.state, outcome)
+
+
+def _stop_worker(state: State, work: Work, mode: StopMode, why: str) -> tuple[State, StopWorker]:
+    state = _close(_with(state, replace(work, stopping=mode)), work.task.job_id, work.task.fence)
+    return state, StopWorker(*key_of(work.task), mode, why)
 
 
 def _refuse(state: State, task: Task, reason: Reason, message: str) -> Decision:
     fault = Fault(reason, Blame.POLICY, message, retryable=True)
     work = Work(task, Phase.ENDED, AttemptState.FAILED)
-    report = _report(task, AttemptState.FAILED, Outcome(AttemptState.FAILED, fault=fault))
-    return Decision(_with(state, work), (report,), message)
+    state, report = _end(state, work, Outcome(AttemptState.FAILED, fault=fault))
+    return Decision(state, (report,), message)
 
 
 def _offered(state: State, task: Task) -> Decision:
-    known = state.works.get((task.job_id, task.fence))
-    if known is not None:
+    if key_of(task) in state.works:
         return Decision(state, (), "offered before")
-    if task.fence <= state.fences.get(task.job_id, Fence(0)):
+    if task.fence <= state.closed.get(task.job_id, Fence(0)):
         return _refuse(state, task, Reason.PEER_LOST, f"fence {task.fence} was stopped or replaced before it came")
     if state.paused or state.draining:
         return _refuse(state, task, Reason.NODE_LEFT, state.paused or state.draining)
     others = [work for work in state.works.values() if work.phase is not Phase.ENDED]
     if any(work.task.job_id != task.job_id for work in others):
         return _refuse(state, task, Reason.NODE_LEFT, f"busy with {others[0].task.job_id}")
+    state = _close(state, task.job_id, task.fence - 1)
     accepted = _report(task, AttemptState.ACCEPTED)
-    if not others:
+    earlier = [work for work in others if work.task.fence < task.fence]
+    if not any(work.phase is Phase.WORKING for work in earlier):
         state = _with(state, Work(task, Phase.WORKING, AttemptState.ACCEPTED))
         return Decision(state, (accepted, Start(task)), "accepted")
     effects: list[Effect] = [accepted]
-    for work in others:
+    for work in earlier:
         if work.phase is Phase.WAITING:
             state, failed = _superseded(state, work)
             effects.append(failed)
-        else:
-            effects.append(StopWorker(task.job_id, work.task.fence, StopMode.HOLD, "a new group is forming"))
-            state = _with(state, replace(work, stopping=StopMode.HOLD))
+        elif work.stopping is None:
+            state, stop = _stop_worker(state, work, StopMode.HOLD, "a new group is forming")
+            effects.append(stop)
     state = _with(state, Work(task, Phase.WAITING, AttemptState.ACCEPTED))
-    return Decision(state, tuple(effects), "accepted, waits for the earlier worker to end")
+    return Decision(state, tuple(effects), "accepted, waits for the earlier workers to end")
 
 
 def _superseded(state: State, work: Work) -> tuple[State, Report]:
     fault = Fault(Reason.PEER_LOST, Blame.NETWORK, "a newer group replaced this one", retryable=True)
-    report = _report(work.task, AttemptState.FAILED, Outcome(AttemptState.FAILED, fault=fault))
-    return _with(state, replace(work, phase=Phase.ENDED, state=AttemptState.FAILED)), report
+    return _end(state, work, Outcome(AttemptState.FAILED, fault=fault))
 
 
 def _stop(state: State, event: StopAsked) -> Decision:
-    work = state.works.get((event.job_id, event.fence))
-    if work is None:
-        newest = max(event.fence, state.fences.get(event.job_id, Fence(0)))
-        fences = MappingProxyType({**state.fences, event.job_id: newest})
-        return Decision(replace(state, fences=fences), (), "unknown lease: a late offer of it will be refused")
-    if work.phase is Phase.WAITING:
-        state, failed = _superseded(state, work)
-        return Decision(state, (failed,), "stopped before it began")
-    if work.phase is Phase.ENDED or work.stopping is StopMode.CANCEL or work.stopping is event.mode:
-        return Decision(state, (), "already stopping")
-    state = _with(state, replace(work, stopping=event.mode))
-    return Decision(state, (StopWorker(event.job_id, event.fence, event.mode, event.why),), event.why)
+    state = _close(state, event.job_id, event.fence)
+    ranks = [work for key, work in state.works.items() if key[:2] == (event.job_id, event.fence)]
+    if not ranks:
+        return Decision(state, (), "unknown lease: a late offer of it will be refused")
+    effects: list[Effect] = []
+    for work in ranks:
+        if work.phase is Phase.WAITING:
+            state, failed = _superseded(state, work)
+            effects.append(failed)
+        elif work.phase is Phase.WORKING and work.stopping not in (StopMode.CANCEL, event.mode):
+            state, stop = _stop_worker(state, work, event.mode, event.why)
+            effects.append(stop)
+    return Decision(state, tuple(effects), event.why if effects else "already stopping")
 
 
 def _ended(state: State, event: WorkerEnded) -> Decision:
-    work = state.works.get((event.job_id, event.fence))
+    work = state.works.get((event.job_id, event.fence, event.rank))
     if work is None or work.phase is not Phase.WORKING:
         return Decision(state, (), "ended before")
-    step_now = max(work.step, event.outcome.step)
-    state = _with(state, replace(work, phase=Phase.ENDED, state=event.outcome.state, step=step_now))
-    effects: list[Effect] = [_report(work.task, event.outcome.state, event.outcome)]
-    for waiting in state.works.values():
-        if waiting.phase is Phase.WAITING:
+    state, report = _end(state, work, event.outcome)
+    effects: list[Effect] = [report]
+    if not any(other.phase is Phase.WORKING for other in state.works.values()):
+        for waiting in [other for other in state.works.values() if other.phase is Phase.WAITING]:
             state = _with(state, replace(waiting, phase=Phase.WORKING))
             effects.append(Start(waiting.task))
-            break
     return Decision(state, tuple(effects), f"worker ended: {event.outcome.state}")
 
 
@@ -272,6 +304,6 @@ def _owner(state: State, event: OwnerAsked) -> Decision:
             state, failed = _superseded(state, work)
             effects.append(failed)
         elif work.phase is Phase.WORKING and work.stopping is None:
-            state = _with(state, replace(work, stopping=StopMode.PAUSE))
-            effects.append(StopWorker(work.task.job_id, work.task.fence, StopMode.PAUSE, event.why))
+            state, stop = _stop_worker(state, work, StopMode.PAUSE, event.why)
+            effects.append(stop)
     return Decision(state, tuple(effects), event.why)

@@ -25,7 +25,8 @@ from node.worker_handle import StoreAnswer, WorkerHandle
 from node.workspace import Workspaces
 from protos import documents
 from protos.artifact import Artifact
-from protos.errors import HiveError
+from protos.capacity import Capacity, DeviceInfo
+from protos.errors import Conflict, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.partial_file import disk_error
@@ -40,12 +41,31 @@ _DRAIN_UPLOAD_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where on this machine a task runs. `interface`: the address its group binds to."""
+    """Where on this machine a task runs. `interface`: the address its group binds to. `gpus`: the granted ones."""
 
     node_name: str
     interface: str
-    threads: int
-    device: str
+    cores: float
+    gpus: tuple[DeviceInfo, ...]
+
+    @classmethod
+    def of(cls, task: Task, node_name: str, capacity: Capacity) -> Place:
+        # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
+        address = next((n.address for n in capacity.networks if n.cidr == task.network), "")
+        return cls(node_name, address, capacity.cores, capacity.gpus)
+
+    def threads(self, task: Task) -> int:
+        """The cores are shared by the job's ranks on this node."""
+        return max(1, round(self.cores / max(1, task.ranks_here)))
+
+    def device(self, task: Task) -> str:
+        """The granted GPU of this rank. Raises Conflict when it was there when the job was planned and is not now."""
+        if not self.gpus:
+            return "cpu"
+        if task.device >= len(self.gpus):
+            what = f"{self.node_name} has {len(self.gpus)} GPUs now, too few for the plan's number {task.device}"
+            raise Conflict(what, "the job is planned again with what is there")
+        return f"cuda:{self.gpus[task.device].index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +134,11 @@ class Attempt:
         self._listener.ended(outcome)
 
     async def _live(self) -> Outcome:
-        place = self._place
+        place, device = self._place, self._place.device(self.task)
         workspace = await self._unless(self._tools.workspaces.prepare(self.task), *StopMode)
         try:
             self._handle = await self._tools.runner.start(
-                self.task, workspace, place.interface, place.threads, place.device, place.node_name, self
+                self.task, workspace, place.interface, place.threads(self.task), device, place.node_name, self
             )
         except HiveError as error:
             self._listener.unable(CannotWork.of(error))

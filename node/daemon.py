@@ -95,7 +95,7 @@ class Daemon:
             config, capacity, runner, self._errands, transfers, self._session, calibrations, self._judge
         )
         self._unfit = ""
-        self._attempts: dict[tuple[JobId, Fence], Attempt] = {}
+        self._attempts: dict[agent.Key, Attempt] = {}
         self._advertiser: Advertiser | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._under_way: set[asyncio.Task[None]] = set()
@@ -226,11 +226,10 @@ class Daemon:
         return activity, reason
 
     def _hello(self) -> pb.Hello:
-        leases = {(lease.job_id, lease.fence): lease for lease in self._state.leases()}
+        leases = {(lease.job_id, lease.fence, lease.rank): lease for lease in self._state.leases()}
         for message in self._spool.reports():  # of an earlier life of this daemon
-            key = (JobId(message.job_id), Fence(message.fence))
-            state = AttemptState(message.report.state)
-            leases.setdefault(key, HeldLease(key[0], key[1], message.rank, state))
+            key = (JobId(message.job_id), Fence(message.fence), message.rank)
+            leases.setdefault(key, HeldLease(*key, AttemptState(message.report.state)))
         activity, reason = self._activity()
         self._fitness.told = self._fitness.capacity
         return pb.Hello(
@@ -260,8 +259,8 @@ class Daemon:
         if durable.WhichOneof("body") != "report" or not durable.report.outcome_json:
             return
         job_id = JobId(durable.job_id)
-        self._apply(agent.Acknowledged(job_id, Fence(durable.fence)))
-        if durable.report.state == AttemptState.DONE.value and all(job_id != other for other, _ in self._attempts):
+        self._apply(agent.Acknowledged(job_id, Fence(durable.fence), durable.rank))
+        if durable.report.state == AttemptState.DONE.value and all(job_id != other for other, *_ in self._attempts):
             self._workspaces.close_job(job_id)
 
     async def _handle(self, message: pb.CoordinatorMessage) -> None:
@@ -320,10 +319,10 @@ class Daemon:
             match effect:
                 case agent.Start(task):
                     self._start(task)
-                case agent.StopWorker(job_id, fence, mode, why):
-                    attempt = self._attempts.get((job_id, fence))
+                case agent.StopWorker(job_id, fence, rank, mode, why):
+                    attempt = self._attempts.get((job_id, fence, rank))
                     if attempt is not None:
-                        log.info("stopping", job=job_id, mode=mode.value, why=why)
+                        log.info("stopping", job=job_id, rank=rank, mode=mode.value, why=why)
                         self._background(attempt.stop(mode))
                 case agent.Report(job_id, fence, rank, state, outcome):
                     report = pb.Durable(job_id=job_id, fence=fence, rank=rank)
@@ -348,10 +347,7 @@ class Daemon:
                 return self._session.send_durable(report)
 
     def _start(self, task: Task) -> None:
-        key = (task.job_id, task.fence)
-        capacity = self._fitness.capacity
-        # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
-        address = next((n.address for n in capacity.networks if n.cidr == task.network), "")
+        key = agent.key_of(task)
 
         def ended(outcome: Outcome) -> None:
             self._attempts.pop(key, None)
@@ -364,7 +360,7 @@ class Daemon:
             ended=ended,
             unable=self._fitness.doubt,
         )
-        place = Place(self._config.name, address, self._fitness.threads, self._fitness.device)
+        place = Place.of(task, self._config.name, self._fitness.capacity)
         attempt = self._attempts[key] = Attempt(task, place, self._tools, listener)
         self._background(attempt.run())
 
@@ -386,7 +382,7 @@ class Daemon:
         self._session.send(pb.NodeMessage(heartbeat=self._beat()))
 
     def _sweep(self) -> None:
-        self._workspaces.sweep(frozenset(job_id for job_id, _ in list(self._attempts)))
+        self._workspaces.sweep(frozenset(job_id for job_id, *_ in list(self._attempts)))
 
     # ---- the LAN
 

@@ -18,6 +18,7 @@ import structlog
 from node import calibrate, networks, probe
 from node.calibrate import CalibrationCache
 from node.calibration_run import calibrate_machine
+from node.cancellation import raise_if_cancelled
 from node.config import NodeConfig
 from node.errands import Errands
 from node.faults import CannotWork
@@ -87,6 +88,7 @@ class Fitness:
             except Conflict:  # the owner measures just now
                 await asyncio.sleep(_TRY_AGAIN_S)
             except (HiveError, OSError) as error:
+                raise_if_cancelled()
                 log.warning("not measured", reason=str(error), again_in_s=wait_s)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
@@ -138,6 +140,7 @@ class Fitness:
                 await self._look_again()
                 await asyncio.to_thread(also)
             except Exception:  # a driver, a kernel, a disk: the next look may do
+                raise_if_cancelled()
                 log.exception("not refreshed")
 
     async def _look_again(self) -> None:

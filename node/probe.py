@@ -180,7 +180,7 @@ def visible_indices(variable: str | None, uuids: Sequence[str]) -> list[int]:
         return list(range(len(uuids)))
     found: list[int] = []
     for entry in filter(None, (part.strip() for part in variable.split(","))):
-        if entry.isdigit() and int(entry) < len(uuids):
+        if entry.isascii() and entry.isdigit() and int(entry) < len(uuids):
             index = int(entry)
         else:
             matching = [at for at, uuid in enumerate(uuids) if uuid.startswith(entry)]

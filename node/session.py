@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import structlog
 
+from node.cancellation import raise_if_cancelled
 from node.spool import Spool
 from protos import dial, limits
 from protos.credentials import Credential
@@ -119,6 +120,7 @@ class Session:
             except Exception as error:  # a full disk, a bug: the workers that run are worth more than this attempt
                 self.problem = f"{type(error).__name__}: {error}"
                 log.exception("session failed")
+            raise_if_cancelled()
             tries = 0 if self._heard_s != before_s else tries + 1
             if not self._finishing:
                 longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(tries + 1, 10))

@@ -7,6 +7,7 @@ id that is not one: it comes from the coordinator and becomes the name of a fold
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import shutil
 import time
@@ -97,7 +98,12 @@ class Workspaces:
             log.warning("checkpoint not fetched", job=task.job_id, step=task.resume.step, reason=error.message)
             shutil.rmtree(arriving, ignore_errors=True)
             return
-        arriving.rename(checkpoints / f"step-{task.resume.step:08d}")
+        try:
+            arriving.rename(checkpoints / f"step-{task.resume.step:08d}")
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            shutil.rmtree(arriving, ignore_errors=True)  # another rank of this node was first with the same
 
     def newest_checkpoint(self, job_id: JobId) -> tuple[int, Path] | None:
         found = [

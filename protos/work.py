@@ -44,6 +44,7 @@ class Task:
     samples: tuple[int, ...]  # per rank, of one full global batch; sums to the batch size
     accumulate: int = 1  # micro-batches this rank cuts its slice into
     device: int = 0  # which of the node's granted GPUs; 0 where there is none
+    ranks_here: int = 1  # of this job on this node: they share its cores
     network: str = ""  # what the group binds to
     compression: str = "none"
     collective_timeout_s: float = 20.0

@@ -126,10 +126,8 @@ def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
     """Commits a checkpoint below `root` and removes all but the newest `keep`. Raises OSError ENOSPC on a full disk."""
     final = root / f"step-{state.step:08d}"
-    if final.exists():
-        if not problem_with(final, digest):
-            return final  # another rank of this node wrote the same step
-        shutil.rmtree(final)
+    if final.exists() and not problem_with(final, digest):
+        return final  # another rank of this node wrote the same step
     root.mkdir(parents=True, exist_ok=True)
     temporary = root / f".tmp-{state.step}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary.mkdir()
@@ -151,14 +149,30 @@ def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(temporary)
-        with suppress(FileExistsError):
-            temporary.rename(final)
+        _put_in_place(temporary, final, digest)
         sync_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _folders(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _put_in_place(temporary: Path, final: Path, digest: str) -> None:
+    """Other ranks of this node may do the same at the same moment: one that is whole stays, one that is not makes way."""
+    while True:
+        try:
+            temporary.rename(final)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        if not problem_with(final, digest):
+            return
+        broken = temporary.with_name(f"{temporary.name}-{secrets.token_hex(4)}")
+        with suppress(FileNotFoundError):  # another rank was faster
+            final.rename(broken)
+        shutil.rmtree(broken, ignore_errors=True)
 
 
 def newest(root: Path, digest: str) -> Found:

@@ -63,7 +63,10 @@ def _where(state: State, job: JobView) -> str:
 
 
 def _hold(job: JobView, held: Held) -> JobView:
-    return replace(job, held=(*(other for other in job.held if other.node_id != held.node_id), held))
+    """The highest step counts, as in recovery: the ranks of a node share a disk, and end up to a step apart."""
+    known = [other.step for other in job.held if other.node_id == held.node_id]
+    newest = Held(held.node_id, max([held.step, *known]))
+    return replace(job, held=(*(other for other in job.held if other.node_id != held.node_id), newest))
 
 
 def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: Timing) -> tuple[JobView, Effects]:

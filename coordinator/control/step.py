@@ -1,7 +1,8 @@
 """One step of the control loop: an event in, the next state, the effects and the reason out. Pure.
 
 Invariants (checked by the simulation in tests/sim): a report counts only under the current fence and once per rank; job
-states never go back; a job that was submitted ends or waits with a reason; a node holds at most one unfinished attempt.
+states never go back; a job that was submitted ends or waits with a reason; the unfinished attempts of a node are ranks
+of one generation of one job. A stop reaches every rank of its fence on its node.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from coordinator.control.state import JobView, NodeStatus, State, Timing
 from coordinator.control.transitions import end, to
 from protos.errors import Conflict, NotFound
 from protos.ids import NodeId
-from protos.states import AttemptState, Eligibility, JobState, NodeLink, Reason, StopMode
+from protos.states import (
+    TERMINAL_ATTEMPT_STATES,
+    AttemptState,
+    Eligibility,
+    JobState,
+    NodeLink,
+    Reason,
+    StopMode,
+)
 from protos.work import HeldLease
 
 
@@ -113,7 +122,7 @@ def _node_connected(
             mode = job.wanted or (StopMode.HOLD if leaves else None)
             if mode is not None:  # said while the node was away
                 effects.append(e.Stop(event.node_id, job.job_id, job.fence, mode, job.message))
-        else:
+        elif lease.state not in TERMINAL_ATTEMPT_STATES:  # one that has ended must not stop the other ranks of its fence
             effects.append(
                 e.Stop(event.node_id, lease.job_id, lease.fence, StopMode.HOLD, "this lease belongs to an older group")
             )

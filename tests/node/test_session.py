@@ -32,6 +32,7 @@ class Stream:
     messages: Any
     context: Any
     caller: str
+    heard: list[pb.NodeMessage] = field(default_factory=list)
     ends: asyncio.Future[HiveError | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def say(self, **body: Any) -> None:
@@ -41,11 +42,22 @@ class Stream:
         await self.say(acknowledged=pb.Acknowledged(seq=seq))
 
     async def hear(self, kind: str = "durable") -> Any:
-        """The next message of a kind."""
+        """The next message of a kind; the others wait until they are asked for."""
+        for at, message in enumerate(self.heard):
+            if message.WhichOneof("body") == kind:
+                return getattr(self.heard.pop(at), kind)
         async for message in self.messages:
             if message.WhichOneof("body") == kind:
                 return getattr(message, kind)
+            self.heard.append(message)
         raise AssertionError(f"the stream ended without {kind}")
+
+    async def everything(self) -> AsyncIterator[str]:
+        """The kinds of all messages in the order they came, until the stream ends."""
+        for message in self.heard:
+            yield message.WhichOneof("body") or ""
+        async for message in self.messages:
+            yield message.WhichOneof("body") or ""
 
     def end(self, error: HiveError | None = None) -> None:
         self.ends.set_result(error)
@@ -77,7 +89,10 @@ class FarSide(membership_pb2_grpc.MembershipServicer):
             raise error
 
     async def next(self) -> Stream:
-        return await self.streams.get()
+        """The next stream, once the node has read its welcome and said something more."""
+        stream = await self.streams.get()
+        await stream.hear("heartbeat")
+        return stream
 
 
 @dataclass
@@ -88,6 +103,7 @@ class Node:
     handled: list[str] = field(default_factory=list)
     connections: list[object] = field(default_factory=list)
     running: asyncio.Task[None] | None = None
+    on_message: Callable[[], None] = lambda: None
 
     def line(self, text: str) -> None:
         self.session.send_durable(pb.Durable(job_id="j-1", fence=1, logs=work_pb2.LogLines(lines=[text])))
@@ -110,6 +126,7 @@ class House:
 
         async def handle(message: pb.CoordinatorMessage) -> None:
             made.handled.append(message.WhichOneof("body") or "")
+            made.on_message()
 
         spool = Spool(self.folder / "spool")
         made = Node(None, spool)  # type: ignore[arg-type]
@@ -148,11 +165,13 @@ def run(tmp_path: Path, body: Callable[[House, Node], Awaitable[None]], start: b
             node = made.node()
             if start:
                 node.running = asyncio.create_task(node.session.run())
-            await body(made, node)
-            if node.running is not None:
-                node.running.cancel()
-                await asyncio.wait({node.running})
-            node.spool.close()
+            try:
+                await body(made, node)
+            finally:
+                if node.running is not None:
+                    node.running.cancel()
+                    await asyncio.wait({node.running})
+                node.spool.close()
 
     asyncio.run(main())
 
@@ -205,7 +224,7 @@ def test_a_refused_message_ends_the_stream_and_comes_again(tmp_path: Path) -> No
         assert (await stream.hear()).seq == 1
         stream.end(Exhausted("the disk is full"))
         again = await made.far.next()
-        assert node.session.problem == "" and (await again.hear()).seq == 1
+        assert (await again.hear()).seq == 1 and node.session.problem == ""
 
     run(tmp_path, body)
 
@@ -216,12 +235,12 @@ def test_a_long_backlog_does_not_hold_up_heartbeats(tmp_path: Path) -> None:
             node.line(f"{number:05} " + "x" * 2000)
         node.running = asyncio.create_task(node.session.run())
         stream = await made.far.next()
-        kinds = []
-        async for message in stream.messages:
-            kinds.append(message.WhichOneof("body"))
+        kinds: list[str] = []
+        async for kind in stream.everything():
+            kinds.append(kind)
             if kinds.count("durable") == 2000:
                 break
-        assert "heartbeat" in kinds[:1000]
+        assert "heartbeat" in kinds[1:1000]
 
     run(tmp_path, body, start=False)
 
@@ -247,7 +266,7 @@ def test_the_last_word_arrives_before_the_stream_ends(tmp_path: Path) -> None:
         stream = await made.far.next()
         node.line("one")
         finishing = asyncio.create_task(node.session.finish(pb.NodeMessage(leaving=pb.Leaving(reason="done"))))
-        kinds = [message.WhichOneof("body") async for message in stream.messages]
+        kinds = [kind async for kind in stream.everything()]
         assert {"durable", "leaving"} <= set(kinds) and not finishing.done()
         stream.end()
         await finishing
@@ -320,5 +339,25 @@ def test_a_renewed_credential_is_used_for_the_next_stream(tmp_path: Path) -> Non
         first.end()
         second = await made.far.next()
         assert first.caller != second.caller == made.credential.id
+
+    run(tmp_path, body)
+
+
+def test_a_stream_that_breaks_while_the_session_is_cancelled_still_ends_it(tmp_path: Path) -> None:
+    """1 something on the stream fails 2 in the same moment the daemon ends and cancels the session 3 the error must not
+    hide the cancellation: nobody would ever cancel again."""
+
+    async def body(made: House, node: Node) -> None:
+        def trouble() -> None:
+            assert node.running is not None
+            node.running.cancel()
+            raise Exhausted("full")
+
+        node.on_message = trouble
+        stream = await made.far.next()
+        await stream.say(drain=pb.Drain(reason="now"))
+        assert node.running is not None
+        await asyncio.wait({node.running})
+        assert node.running.cancelled()
 
     run(tmp_path, body)

@@ -162,3 +162,14 @@ def prints_much(context: TaskContext) -> Outcome:
     sys.stdout.write("\n")
     sys.stdout.write("no newline at the end")
     return _done()
+
+
+def holds_when_stopped(context: TaskContext) -> Outcome:
+    """Has a checkpoint uploaded, and keeps it when it is asked to end."""
+    folder = context.workspace.checkpoint_dir / "step-00000005"
+    folder.mkdir(parents=True)
+    stopped = threading.Event()
+    context.channel.on_stop(lambda mode: stopped.set())
+    context.channel.checkpoint(folder, 5, 160)
+    stopped.wait()
+    return Outcome(AttemptState.FAILED, step=5, samples=160, held_step=5)
