@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -51,9 +50,10 @@ from protos.announcement import CoordinatorAnnouncement
 from protos.dial import join_address
 from protos.errors import HiveError
 from protos.gen import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, membership_pb2, membership_pb2_grpc
+from protos.log import Log
 from protos.token import Role, Token
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.app")
 
 TICK_S = 0.25
 _GRACE_S = 0.5  # for calls under way; followers and nodes come back by themselves

@@ -13,8 +13,6 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import structlog
-
 from coordinator import recovery
 from coordinator.changes import Changes, Extra, Supplement
 from coordinator.control import events as e
@@ -26,11 +24,12 @@ from protos import documents
 from protos.capacity import Capacity
 from protos.errors import AccessError, NotFound
 from protos.ids import Fence, JobId, NodeId
+from protos.log import Log
 from protos.plan import Plan
 from protos.states import TERMINAL_JOB_STATES, Eligibility, JobState, NodeLink
 from protos.work import Checkpoint
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.controller")
 
 T = TypeVar("T")
 EffectHandler = Callable[[e.Effect], None]

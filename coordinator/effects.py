@@ -11,8 +11,6 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-import structlog
-
 from coordinator import learning
 from coordinator.blobs import BlobStore
 from coordinator.cluster import nobody
@@ -35,11 +33,12 @@ from protos.errors import TABLE, Blame, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import JobId, NodeId
+from protos.log import Log
 from protos.plan import Identification
 from protos.states import TERMINAL_JOB_STATES, Reason
 from protos.work import Checkpoint, Resume
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.effects")
 
 
 class Effects:

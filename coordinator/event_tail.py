@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakValueDictionary
 
-import structlog
-
 from coordinator.records import Event
 from coordinator.store.protocol import Store
 from protos.ids import JobId
+from protos.log import Log
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.event_tail")
 
 _KEPT = 4096
 _PAGE = 500

@@ -15,16 +15,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import structlog
-
 from coordinator.blobs import BlobStore, Collected
 from coordinator.records import Job
 from coordinator.store.protocol import Store
 from protos.artifact import Manifest
 from protos.ids import JobId
+from protos.log import Log
 from protos.states import TERMINAL_JOB_STATES, JobState
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.garbage")
 
 EVERY_S = 600.0
 KEEP_S = 86_400.0

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from coordinator import enrolment
 from coordinator.authority import Authority
 from coordinator.control import events as e
@@ -42,12 +40,13 @@ from protos.errors import (
 from protos.gen import membership_pb2 as pb
 from protos.gen import membership_pb2_grpc, work_pb2
 from protos.ids import Fence, JobId, NodeId
+from protos.log import Log
 from protos.partial_file import disk_error
 from protos.states import Activity, AttemptState, Reason
 from protos.version import negotiate
 from protos.work import Checkpoint, Fault, HeldLease, Outcome, Progress
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.membership")
 
 _MAX_OPEN_CALLS = 1024
 _LONGEST_CALL_S = 3600.0

@@ -10,8 +10,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import structlog
-
 from coordinator import planner
 from coordinator.cluster import JOIN_HINT, cluster_view
 from coordinator.control.events import Unplaced
@@ -21,10 +19,11 @@ from coordinator.submission import Submission
 from protos.errors import NoPlacement
 from protos.ids import JobId, NodeId
 from protos.jobspec import JobSpec, StrategyName
+from protos.log import Log
 from protos.plan import Identification, Plan
 from protos.states import Reason
 
-log = structlog.get_logger()
+log = Log("hive.coordinator.placement")
 
 
 @dataclass(frozen=True, slots=True)

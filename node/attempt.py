@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
-
 from node.exit_report import ExitReport
 from node.faults import CannotWork, failed_outcome, stopped_outcome
 from node.runner import Runner
@@ -29,11 +27,12 @@ from protos.capacity import Capacity, DeviceInfo
 from protos.errors import Conflict, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
+from protos.log import Log
 from protos.partial_file import disk_error
 from protos.states import AttemptState, StopMode
 from protos.work import Checkpoint, Outcome, Progress, Task
 
-log = structlog.get_logger()
+log = Log("hive.node.attempt")
 T = TypeVar("T")
 
 _DRAIN_UPLOAD_S = 60.0

@@ -13,7 +13,8 @@ import click
 from node import config as configuration
 from node import control
 from node.consent import check_user, statement
-from protos.command_line import human_bytes, log_to_stderr, say
+from protos import log
+from protos.command_line import human_bytes, say
 from protos.errors import NotFound
 
 _FLAGS = (
@@ -58,7 +59,7 @@ def start(**flags: Any) -> int:
     say(statement(account(), config.coordinator))
     say(f"node {config.name}: {granted(config)}; files in {config.home}")
 
-    log_to_stderr(config.log_level)
+    log.to_stderr(config.log_level)
     from node.daemon import run
 
     asyncio.run(run(config))

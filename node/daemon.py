@@ -14,8 +14,6 @@ import signal
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-import structlog
-
 from node import agent, control, probe
 from node.attempt import Attempt, Listener, Place, Tools
 from node.cache import BlobCache
@@ -41,11 +39,12 @@ from protos.errors import AccessError, Conflict, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import Fence, JobId
+from protos.log import Log
 from protos.states import Activity, AttemptState, StopMode
 from protos.token import parse_token
 from protos.work import HeldLease, Outcome, Task
 
-log = structlog.get_logger()
+log = Log("hive.node.daemon")
 
 _DRAIN_S = 60.0
 _DRAIN_ALONE_S = 15.0  # the same without a coordinator: workers write their checkpoint, nothing can be sent

@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import structlog
-
 from node import calibrate, networks, probe
 from node.calibrate import CalibrationCache
 from node.calibration_run import calibrate_machine
@@ -29,8 +27,9 @@ from protos import documents
 from protos.capacity import Capacity
 from protos.errors import Conflict, HiveError
 from protos.gen import membership_pb2 as pb
+from protos.log import Log
 
-log = structlog.get_logger()
+log = Log("hive.node.fitness")
 
 _REFRESH_S = 15.0
 _CHANGED = 0.3  # a rate that moved by this share is told to the coordinator

@@ -13,8 +13,6 @@ import os
 import socket
 from pathlib import Path
 
-import structlog
-
 from node import cpu_limit as cpu_limits
 from node import memory_watch
 from node.channel import Frame
@@ -26,6 +24,7 @@ from node.worker_environment import clean_environment, device_environment
 from node.worker_handle import StoreAnswer, StoreResult, WorkerHandle, WorkerHandler
 from protos import documents
 from protos.errors import Conflict
+from protos.log import Log
 from protos.work import Task
 from strategies.context import Workspace
 
@@ -36,7 +35,7 @@ _PING_EVERY_TICKS = 4
 _ASLEEP_S = 3.0  # a tick this late means the machine or the daemon was stopped: nobody could be heard meanwhile
 _CLOSE_S = 10.0
 
-_log = structlog.get_logger()
+_log = Log("hive.node.runner")
 
 __all__ = ["ExitKind", "ExitReport", "Runner", "StoreAnswer", "StoreResult", "WorkerHandle", "WorkerHandler"]
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import structlog
 
 from node.cancellation import raise_if_cancelled
 from node.spool import Spool
@@ -27,8 +26,9 @@ from protos.credentials import Credential
 from protos.errors import AccessError, DeadlineExceeded, ErrorCode, HiveError, SpecError, Unreachable
 from protos.gen import membership_pb2 as pb
 from protos.gen import membership_pb2_grpc
+from protos.log import Log
 
-log = structlog.get_logger()
+log = Log("hive.node.session")
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 _FIRST_WAIT_S = 0.2

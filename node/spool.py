@@ -12,13 +12,13 @@ import struct
 from collections import deque
 from pathlib import Path
 
-import structlog
 from google.protobuf.message import DecodeError
 
 from protos.gen import membership_pb2 as pb
 from protos.ids import JobId, new_spool_id
+from protos.log import Log
 
-log = structlog.get_logger()
+log = Log("hive.node.spool")
 
 _LENGTH = struct.Struct("<I")
 _COMPACT_BYTES = 8 * 1024 * 1024

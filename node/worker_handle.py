@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
-
 from node import channel, memory_watch, process_tree
 from node.channel import Frame
 from node.exit_report import Ending, ExitKind, ExitReport, Kill, report
@@ -27,6 +25,7 @@ from node.log_lines import LineSplitter
 from protos import documents
 from protos.artifact import check_path
 from protos.errors import Conflict, DeadlineExceeded, HiveError, NotFound, SpecError
+from protos.log import Log
 from protos.states import StopMode
 from protos.work import Outcome, Progress
 from strategies.context import Workspace
@@ -39,7 +38,7 @@ _LOG_READ_BYTES = 64 * 1024
 MAX_OPEN_STORE_CALLS = 256
 _LONGEST_STORE_CALL_S = 3600.0
 
-_log = structlog.get_logger()
+_log = Log("hive.node.worker_handle")
 
 
 class StoreAnswer(Protocol):

@@ -14,16 +14,15 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import structlog
-
 from node.cache import BlobCache
 from protos.artifact import Manifest
 from protos.errors import HiveError, SpecError
 from protos.ids import Digest, JobId
+from protos.log import Log
 from protos.work import Task
 from strategies.context import Workspace
 
-log = structlog.get_logger()
+log = Log("hive.node.workspace")
 
 Fetch = Callable[[Digest, Path, int], Awaitable[None]]
 _KEEP_IDLE_S = 2 * 86_400.0

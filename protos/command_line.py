@@ -115,32 +115,6 @@ def _first_of_ours(group: BaseExceptionGroup[BaseException]) -> HiveError | None
     return None
 
 
-def log_to_stderr(level: str) -> None:
-    """For long-running commands: structlog and the standard library's log as lines on stderr, never on stdout."""
-    import logging
-
-    import structlog
-
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise HiveError(f"{level!r} is not a log level", "use debug, info, warning or error", code=ErrorCode.USAGE)
-    logging.basicConfig(
-        level=max(number, logging.WARNING), stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
-    )
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)
-            if sys.stderr.isatty()
-            else structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-
-
 def wants_json(arguments: Sequence[str]) -> bool:
     """Whether -o json was typed, known even when the rest of the line cannot be parsed."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=False)

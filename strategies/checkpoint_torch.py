@@ -159,7 +159,7 @@ def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
 
 
 def _put_in_place(temporary: Path, final: Path, digest: str) -> None:
-    """Other ranks of this node may do the same at the same moment: one that is whole stays, one that is not makes way."""
+    """Other ranks of this node may do the same at this moment: one that is whole stays, one that is not makes way."""
     while True:
         try:
             temporary.rename(final)

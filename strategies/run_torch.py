@@ -11,8 +11,10 @@ import torch._dynamo  # noqa: F401  the first optimizer imports it, 1 to 2 s: he
 
 from protos.states import AttemptState
 from protos.work import Outcome, TaskKind
+from strategies.calibrate_torch import calibrate
 from strategies.context import TaskContext
 from strategies.faults_torch import fault_of
+from strategies.profile_torch import identify
 from strategies.train_loop_torch import train
 
 
@@ -28,10 +30,6 @@ def _dispatch(context: TaskContext) -> Outcome:
         case TaskKind.TRAIN:
             return train(context)
         case TaskKind.IDENTIFY:
-            from strategies.profile_torch import identify
-
             return identify(context)
         case TaskKind.CALIBRATE:
-            from strategies.calibrate_torch import calibrate
-
             return calibrate(context)

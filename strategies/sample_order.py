@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +108,8 @@ def cut(batch_rows: int, samples: Sequence[int]) -> tuple[int, ...]:
     return tuple(share + (rank in first) for rank, (share, _) in enumerate(shares))
 
 
-def slice_of(batch_rows: int, samples: Sequence[int], rank: int) -> tuple[int, int]:
+@lru_cache(maxsize=64)
+def slice_of(batch_rows: int, samples: tuple[int, ...], rank: int) -> tuple[int, int]:
     """[start, stop) of a rank's contiguous part of a global batch; empty when the batch is too small for it."""
     counts = cut(batch_rows, samples)
     start = sum(counts[:rank])

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coordinator import config as configuration
-from protos.command_line import log_to_stderr, output_option, say, write_line
+from protos import log
+from protos.command_line import output_option, say, write_line
 from protos.version import SCHEMA
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def start(as_json: bool, **flags: Any) -> int:
 async def _run(config: configuration.CoordinatorConfig, as_json: bool) -> None:
     from coordinator.app import serve
 
-    log_to_stderr(config.log_level)
+    log.to_stderr(config.log_level)
     serving = asyncio.create_task(serve(config, lambda ready: _announce(ready, config.advertise, as_json)))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)

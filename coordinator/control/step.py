@@ -122,7 +122,7 @@ def _node_connected(
             mode = job.wanted or (StopMode.HOLD if leaves else None)
             if mode is not None:  # said while the node was away
                 effects.append(e.Stop(event.node_id, job.job_id, job.fence, mode, job.message))
-        elif lease.state not in TERMINAL_ATTEMPT_STATES:  # one that has ended must not stop the other ranks of its fence
+        elif lease.state not in TERMINAL_ATTEMPT_STATES:  # an ended one must not stop the other ranks of its fence
             effects.append(
                 e.Stop(event.node_id, lease.job_id, lease.fence, StopMode.HOLD, "this lease belongs to an older group")
             )

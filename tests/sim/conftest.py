@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-import structlog
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logger = logging.getLogger("hive")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     yield
-    structlog.configure(**before)
+    logger.setLevel(before)

@@ -105,7 +105,7 @@ SAMPLES = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any)
 
 @given(SAMPLES, st.integers(0, 300))
 def test_slices_partition_every_batch_in_rank_order(samples: list[int], batch_rows: int) -> None:
-    edges = [slice_of(batch_rows, samples, rank) for rank in range(len(samples))]
+    edges = [slice_of(batch_rows, tuple(samples), rank) for rank in range(len(samples))]
     assert edges[0][0] == 0
     assert edges[-1][1] == batch_rows
     assert all(before[1] == after[0] for before, after in pairwise(edges))
