@@ -21,6 +21,7 @@ from strategies.memory import largest_micro_batch, worker_bytes
 from strategies.partition import RankSpeed, split_batch
 from strategies.single_node import memory_reason, micro_batches
 
+NOISE = 0.15  # of repeated calibrations of one machine
 RANKS = 2  # of the memory formula: from two on it does not grow
 
 
@@ -155,11 +156,22 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
             continue
         if batch < least * count:
             continue
-        samples = split_batch([member.rank_speed for member in prefix], batch, least)
+        samples = split_batch(_alike([member.rank_speed for member in prefix], batch), batch, least)
         if min(samples) == 0:
             continue
         answers.append(_on(inputs, network, prefix, samples, worst))
     return answers
+
+
+def _alike(ranks: list[RankSpeed], batch: int) -> list[RankSpeed]:
+    """Ranks whose speeds differ by no more than a repeated measurement would get equal slices: an uneven cut of equal
+    machines costs more than it can win."""
+    times = [rank.fixed_s + rank.seconds_per_sample * batch / len(ranks) for rank in ranks]
+    if max(times) > (1 + NOISE) * min(times):
+        return ranks
+    fixed_s = sum(rank.fixed_s for rank in ranks) / len(ranks)
+    per_sample_s = sum(rank.seconds_per_sample for rank in ranks) / len(ranks)
+    return [RankSpeed(fixed_s, per_sample_s, rank.cap) for rank in ranks]
 
 
 def _on(

@@ -292,7 +292,7 @@ def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.E
         silent_s = now_s - node.last_seen_s
         if node.link is NodeLink.CONNECTED and silent_s > timing.lease_ttl_s:
             state = state.with_node(_cut_off(node, f"silent for {silent_s:.0f} s", now_s))
-        elif node.link is NodeLink.DISCONNECTED and silent_s > timing.lease_ttl_s:
+        elif node.link is NodeLink.DISCONNECTED and silent_s > _patience_s(state, node, now_s, timing):
             why = f"{node.name} was not heard for {silent_s:.0f} s"
             effects += _stop_on(state, node.node_id, why)  # a frozen node reads it when it goes on
             state = state.with_node(replace(node, link=NodeLink.LOST, reason=f"not heard for {silent_s:.0f} s"))
@@ -308,6 +308,19 @@ def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.E
             state, more = lose_attempts(state, job.job_id, ranks, Reason.NODE_LOST, why, now_s, timing)
             effects += more
     return state, effects
+
+
+def _patience_s(state: State, node: NodeStatus, now_s: float, timing: Timing) -> float:
+    """A node is lost after its lease's life. But when the whole group of a running job falls silent at once, the one
+    that is cut off is this coordinator: the group needs it for nothing until it is done, and gets time to come back."""
+    for job in state.jobs.values():
+        group = {a.node_id for a in job.working}
+        if job.state is not JobState.RUNNING or node.node_id not in group or len(group) < 2:
+            continue
+        heard = [state.nodes[node_id].last_seen_s for node_id in group if node_id in state.nodes]
+        if now_s - max(heard) > timing.lease_ttl_s / 2:
+            return timing.reconnect_grace_s
+    return timing.lease_ttl_s
 
 
 def _late(state: State, job: JobView, now_s: float, timing: Timing) -> list[int]:

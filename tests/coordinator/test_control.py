@@ -208,6 +208,35 @@ def test_a_cut_off_node_does_not_keep_the_others_waiting() -> None:
     assert (bench.job().state, bench.job().reason) == (JobState.QUEUED, Reason.BACKING_OFF)
 
 
+def test_a_group_that_falls_silent_as_a_whole_is_waited_for_and_goes_on_under_its_fence() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    for name in ("a", "b"):
+        bench.do(e.NodeDisconnected(NodeId(name)))
+    bench.wait(TIMING.lease_ttl_s + 3.0)
+    assert bench.job().state is JobState.RUNNING
+    assert stops(bench.connect("a", leases=[("j-1", 1, 0)])) == []
+    assert stops(bench.connect("b", leases=[("j-1", 1, 1)])) == []
+    assert (bench.job().state, bench.job().fence) == (JobState.RUNNING, 1)
+
+
+def test_a_group_that_stays_silent_is_lost_in_the_end() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    for name in ("a", "b"):
+        bench.do(e.NodeDisconnected(NodeId(name)))
+    bench.wait(TIMING.reconnect_grace_s + 3.0)
+    assert bench.job().state is not JobState.RUNNING
+
+
+def test_one_silent_node_of_a_group_is_lost_after_its_lease() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    bench.do(e.NodeDisconnected(NodeId("b")))
+    bench.wait(TIMING.lease_ttl_s + 2.0, heard=("a",))
+    assert bench.job().state is JobState.RECOVERING
+
+
 # ---- fences
 
 

@@ -207,9 +207,9 @@ def test_ranks_of_one_group_work_side_by_side_and_are_reported_apart() -> None:
     node.do(WorkerEnded(JOB, Fence(1), 1, DONE))
     node.do(Acknowledged(JOB, Fence(1), 1))
     assert [lease.rank for lease in node.state.leases()] == [3]
-    assert node.state.activity[0] is Activity.BUSY
+    assert node.state.activity == (Activity.BUSY, "works on j-1")
     node.do(WorkerEnded(JOB, Fence(1), 3, DONE))
-    assert node.state.activity[0] is Activity.IDLE
+    assert node.state.activity == (Activity.IDLE, "")
 
 
 def test_one_stop_reaches_every_rank_of_its_fence_and_those_still_on_their_way() -> None:

@@ -133,6 +133,7 @@ class SimCoordinator:
         return Task(
             TaskKind.TRAIN, job_id, fence, rank, size, view.plan.strategy, self.world.spec, (1,) * size,
             deadline_s=view.plan.coordination_plan.deadline_s, resume=resume,
+            ranks_here=sum(each.node_id == view.plan.subtasks[rank].node_id for each in view.plan.subtasks),
         )  # fmt: skip
 
     async def supplement(
@@ -157,7 +158,7 @@ class SimCoordinator:
             reason = Reason.WAITING_FOR_BUSY_NODES if busy else Reason.WAITING_FOR_NODES
             return e.Unplaced("not enough nodes", "start one", False, reason)
         chosen = [*holders, *(node for node in idle if node not in holders)][: job.nodes_max]
-        return plan_on(chosen, self.world.timing.start_s)
+        return plan_on([node for node in chosen for _ in range(self.world.ranks(node))], self.world.timing.start_s)
 
     # ---- what the nodes say
 
@@ -242,6 +243,7 @@ class SimCoordinator:
 
 
 def plan_on(nodes: Sequence[NodeId], deadline_s: float) -> Plan:
+    """A rank for each; a node that is named twice has two."""
     subtasks = tuple(
         PlannedSubtask("train", node, rank, (rank, rank + 1), (0, 1), (1,), (1,)) for rank, node in enumerate(nodes)
     )

@@ -65,7 +65,7 @@ class Watch:
         if coordinator is None:
             return
         state = coordinator.controller.state
-        busy: set[NodeId] = set()
+        busy: dict[NodeId, JobId] = {}
         for job in state.jobs.values():
             if job.ended:
                 continue
@@ -74,11 +74,13 @@ class Watch:
             assert record == mine, f"{job.job_id}: the controller's record is not the stored one"
             assert record.state is job.state, f"{job.job_id} is {job.state}, written down is {record.state}"
             for attempt in job.working:
-                assert attempt.node_id not in busy, f"{attempt.node_id} holds two unfinished attempts"
-                busy.add(attempt.node_id)
+                other = busy.setdefault(attempt.node_id, job.job_id)
+                assert other == job.job_id, f"{attempt.node_id} holds attempts of {other} and {job.job_id}"
                 assert job.state in _WORKING, f"{job.job_id} is {job.state} with unfinished attempts"
         for node in world.nodes:
-            assert len([worker for worker in node.workers.values() if worker.alive]) <= 1
+            alive = [worker for worker in node.workers.values() if worker.alive]
+            assert len({worker.generation for worker in alive}) <= 1, f"{node.node_id} works for two groups"
+            assert len({worker.task.rank for worker in alive}) == len(alive) <= node.ranks
 
     async def at_the_end(self) -> None:
         """Faults have stopped and the bound has passed: everything acknowledged has come to its end."""

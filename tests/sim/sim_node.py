@@ -82,16 +82,17 @@ class SimNode:
     world: World
     node_id: NodeId
     open_spool: Callable[[], AnySpool]
+    ranks: int = 1  # of one job, as many as it has GPUs
     state: agent.State = field(default_factory=agent.State)
     disk: dict[JobId, int] = field(default_factory=dict)
-    workers: dict[tuple[JobId, Fence], Worker] = field(default_factory=dict)
+    workers: dict[agent.Key, Worker] = field(default_factory=dict)
     life: int = 0  # grows with every start of the daemon
     up: bool = True
     frozen: bool = False
     wire: Wire | None = None  # set once the coordinator has welcomed this node
     dialled: Wire | None = None
     heard_s: float = 0.0
-    final_reports: set[tuple[int, JobId, Fence]] = field(default_factory=set)
+    final_reports: set[tuple[int, JobId, Fence, int]] = field(default_factory=set)
     _deferred: list[Callable[[], object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -170,11 +171,10 @@ class SimNode:
         self._dial_later(life)
 
     def _hello(self) -> pb.Hello:
-        leases = {(lease.job_id, lease.fence): lease for lease in self.state.leases()}
+        leases = {(lease.job_id, lease.fence, lease.rank): lease for lease in self.state.leases()}
         for message in self.spool.reports():
-            key = (JobId(message.job_id), Fence(message.fence))
-            state = AttemptState(message.report.state)
-            leases.setdefault(key, HeldLease(key[0], key[1], message.rank, state))
+            key = (JobId(message.job_id), Fence(message.fence), message.rank)
+            leases.setdefault(key, HeldLease(*key, AttemptState(message.report.state)))
         activity, reason = self.state.activity
         return pb.Hello(
             name=self.node_id,
@@ -219,7 +219,7 @@ class SimNode:
     def _acknowledged(self, seq: int) -> None:
         for durable in self.spool.acknowledge(seq):
             if durable.WhichOneof("body") == "report" and durable.report.outcome_json:
-                self.apply(agent.Acknowledged(JobId(durable.job_id), Fence(durable.fence)))
+                self.apply(agent.Acknowledged(JobId(durable.job_id), Fence(durable.fence), durable.rank))
 
     # ---- the agent's effects
 
@@ -230,14 +230,18 @@ class SimNode:
         for effect in decision.effects:
             match effect:
                 case agent.Start(task):
-                    running = [worker for worker in self.workers.values() if worker.alive]
-                    assert not running, f"{self.node_id} starts {task.job_id}/{task.fence} beside {running[0].key}"
+                    running = {worker.key for worker in self.workers.values() if worker.alive}
+                    key = agent.key_of(task)
+                    assert key not in running, f"{self.node_id} starts {key} twice"
+                    assert {other[:2] for other in running} <= {key[:2]}, (
+                        f"{self.node_id} starts {key} beside {running}"
+                    )
                     worker = Worker(self.world, self, task, self.life)
                     self.workers[worker.key] = worker
                     worker.begin()
-                case agent.StopWorker(job_id, fence, mode, _):
-                    if (job_id, fence) in self.workers:
-                        self._stop(self.workers[job_id, fence], mode)
+                case agent.StopWorker(job_id, fence, rank, mode, _):
+                    if (job_id, fence, rank) in self.workers:
+                        self._stop(self.workers[job_id, fence, rank], mode)
                 case agent.Report(job_id, fence, rank, state, outcome):
                     self._report(job_id, fence, rank, state, outcome)
         if self.state.activity != before and self.wire is not None:
@@ -248,8 +252,8 @@ class SimNode:
 
     def _report(self, job_id: JobId, fence: Fence, rank: int, state: AttemptState, outcome: Outcome | None) -> None:
         if outcome is not None:
-            key = (self.life, job_id, fence)
-            assert key not in self.final_reports, f"{self.node_id} reports the end of {job_id}/{fence} twice"
+            key = (self.life, job_id, fence, rank)
+            assert key not in self.final_reports, f"{self.node_id} reports the end of {job_id}/{fence}/{rank} twice"
             self.final_reports.add(key)
         message = pb.Durable(job_id=job_id, fence=fence, rank=rank)
         message.report.state = state.value

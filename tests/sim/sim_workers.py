@@ -45,7 +45,11 @@ class Worker:
     alive: bool = True
 
     @property
-    def key(self) -> tuple[JobId, Fence]:
+    def key(self) -> agent.Key:
+        return agent.key_of(self.task)
+
+    @property
+    def generation(self) -> tuple[JobId, Fence]:
         return self.task.job_id, self.task.fence
 
     def begin(self) -> None:
@@ -68,11 +72,11 @@ class Worker:
         if self.joined:
             return
         coordinator = self.world.coordinator
-        if coordinator is None or self.node.wire is None or not coordinator.controller.is_current(*self.key):
+        if coordinator is None or self.node.wire is None or not coordinator.controller.is_current(*self.generation):
             self._later(0.4, self._meet)
             return
         self.joined = True
-        ranks = coordinator.rendezvous.setdefault(self.key, {})
+        ranks = coordinator.rendezvous.setdefault(self.generation, {})
         ranks[self.task.rank] = self
         if len(ranks) == self.task.world_size:
             Group(self.world, [ranks[rank] for rank in sorted(ranks)]).form()
@@ -129,7 +133,7 @@ class Worker:
     def _outcome(self, state: AttemptState, fault: Fault | None, held: bool) -> Outcome:
         keep = held and self.step > 0
         if keep:
-            self.node.disk[self.task.job_id] = self.step
+            self.node.disk[self.task.job_id] = max(self.step, self.node.disk.get(self.task.job_id, 0))
         artifacts = ()
         if state is AttemptState.DONE and self.task.rank == 0:
             artifacts = (Artifact("model.safetensors", self.world.digest, 1),)

@@ -69,6 +69,7 @@ class World:
     faults: Faults = field(default_factory=Faults)
     nodes_count: int | None = None
     jobs_count: int | None = None
+    ranks_most: int = 1  # a node has up to so many GPUs
     faults_s: float = 60.0
     settle_s: float = 400.0
     spool_folder: Path | None = None
@@ -92,7 +93,7 @@ class World:
         self.coordinator: SimCoordinator | None = None
         self.mended = False
         count = self.nodes_count or self.random.randint(1, 4)
-        self.nodes = [SimNode(self, NodeId(f"n-{i}"), self._spool(i)) for i in range(count)]
+        self.nodes = [SimNode(self, NodeId(f"n-{i}"), self._spool(i), self._gpus()) for i in range(count)]
         self.jobs: dict[JobId, SimJob] = {}
         for i in range(self.jobs_count or self.random.randint(1, 4)):
             self.jobs[JobId(f"j-{i}")] = self._job(count)
@@ -103,6 +104,12 @@ class World:
             return lambda: Spool(folder)
         kept = MemorySpool(f"s-{number}")
         return lambda: kept
+
+    def _gpus(self) -> int:
+        return self.random.randint(1, self.ranks_most) if self.ranks_most > 1 else 1
+
+    def ranks(self, node_id: NodeId) -> int:
+        return next(node.ranks for node in self.nodes if node.node_id == node_id)
 
     def _job(self, nodes: int) -> SimJob:
         least = self.random.randint(1, nodes)

@@ -41,8 +41,8 @@ def simulate(worlds: Iterable[World]) -> list[World]:
     return done
 
 
-def storm(seed: int) -> World:
-    return World(seed, STORM, nodes_count=1 + seed % 6, jobs_count=1 + seed % 7)
+def storm(seed: int, ranks_most: int = 1) -> World:
+    return World(seed, STORM, nodes_count=1 + seed % 6, jobs_count=1 + seed % 7, ranks_most=ranks_most)
 
 
 @pytest.mark.parametrize("first", range(0, 200, 20))
@@ -53,6 +53,12 @@ def test_every_invariant_holds_under_faults(first: int) -> None:
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_every_invariant_holds_in_a_storm(first: int) -> None:
     simulate(storm(seed) for seed in range(first, first + 10))
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_every_invariant_holds_where_nodes_have_several_ranks(first: int) -> None:
+    simulate(World(seed, ranks_most=4) for seed in range(first, first + 20))
+    simulate(storm(seed, ranks_most=3) for seed in range(first, first + 10))
 
 
 @pytest.mark.parametrize("make", [World, storm])
@@ -102,3 +108,4 @@ def test_the_faults_reach_every_state_and_most_transitions() -> None:
 def test_thousands_of_seeds(first: int) -> None:
     simulate(World(seed) for seed in range(first, first + 400))
     simulate(storm(seed) for seed in range(first, first + 100))
+    simulate(World(seed, ranks_most=4) for seed in range(first + 400, first + 500))

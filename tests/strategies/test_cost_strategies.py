@@ -13,8 +13,9 @@ from protos.model import Complexity, Family, LayerProfile, ModelProfile, Require
 from protos.plan import ClusterView, DataProfile, NodeView
 from protos.states import Activity, Eligibility, NodeLink
 from strategies.base import Inputs
-from strategies.data_parallel import DataParallel
+from strategies.data_parallel import DataParallel, _alike
 from strategies.links import link_between, median_rtt_s, trusted_groups
+from strategies.partition import RankSpeed, split_batch
 from strategies.registry import BUILT
 from strategies.single_node import SingleNode
 
@@ -217,3 +218,10 @@ def test_unmeasured_links_fall_back_to_what_is_known_and_measured_ones_win() -> 
     assert link_between(ClusterView(()), a, capped).bytes_per_s == 1e5
     assert median_rtt_s(ClusterView(()), [a]) == 0.0
     assert median_rtt_s(measured, [a, b]) == 0.02
+
+
+def test_equal_machines_get_equal_slices_although_their_measurements_differ_a_little() -> None:
+    near = [RankSpeed(0.001, 1.00e-4, 1000), RankSpeed(0.001, 1.08e-4, 1000)]
+    far = [RankSpeed(0.001, 1.00e-4, 1000), RankSpeed(0.001, 1.60e-4, 1000)]
+    assert split_batch(_alike(near, 64), 64) == (32, 32)
+    assert split_batch(_alike(far, 64), 64) != (32, 32)

@@ -25,7 +25,7 @@ def test_a_split_is_as_good_as_the_best_of_all_splits(ranks: list[RankSpeed], ba
     every = product(*(range(least, min(rank.cap, batch) + 1) for rank in ranks))
     possible = [counts for counts in every if sum(counts) == batch]
     if not possible:
-        with pytest.raises(ValueError, match="hold|has no"):
+        with pytest.raises(ValueError, match=r"hold|has no"):
             split_batch(ranks, batch, least)
         return
     samples = split_batch(ranks, batch, least)
