@@ -185,7 +185,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
         if isinstance(error, HiveError):
             log.warning("refused", node=session.name, job=message.job_id, error=error.message)
         else:
-            log.exception("refused", node=session.name, job=message.job_id, exc_info=error)
+            log.exception("refused", node=session.name, job=message.job_id)
         with contextlib.suppress(Duplicate):
             if message.report.outcome_json and not isinstance(error, AccessError):
                 with contextlib.suppress(Conflict):  # the state is as it was: say at least that the attempt is over

@@ -8,6 +8,7 @@ away, and `ended` is called once unless the attempt itself is cancelled (the dae
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from node.workspace import Workspaces
 from protos import documents
 from protos.artifact import Artifact
 from protos.capacity import Capacity, DeviceInfo
-from protos.errors import Conflict, HiveError
+from protos.errors import Conflict, HiveError, SpecError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.log import Log
@@ -128,7 +129,8 @@ class Attempt:
             outcome = failed_outcome(HiveError(what, "see its log"))
         finally:
             await self._end_upload()
-            self._tools.workspaces.close_attempt(self.task)
+            with contextlib.suppress(SpecError):  # there is nothing to close of a job whose id is none
+                self._tools.workspaces.close_attempt(self.task)
         log.info("attempt ended", job=job_id, state=outcome.state, seconds=time.monotonic() - started_s)
         self._listener.ended(outcome)
 

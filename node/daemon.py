@@ -220,7 +220,7 @@ class Daemon:
 
     def _activity(self) -> tuple[Activity, str]:
         activity, reason = self._state.activity
-        if self._fitness.obstacle and activity is not Activity.BUSY:
+        if self._fitness.obstacle and not self._unfit and activity is not Activity.BUSY:
             return Activity.PAUSED, self._fitness.obstacle
         return activity, reason
 

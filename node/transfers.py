@@ -127,25 +127,30 @@ class Transfers:
             shutil.rmtree(staging, ignore_errors=True)
 
     async def bandwidth_bytes_per_s(self) -> float:
-        """To the coordinator and back, both directions one after the other: a small echo, and on a line (and under an
+        """To the coordinator and back, both directions one after the other: small echoes, and on a line (and under an
         upload cap) that carries more in no time the median of a few large ones."""
         credential, channel = await self._channel()
         stub: Any = membership_pb2_grpc.MembershipStub(channel)  # type: ignore[no-untyped-call]
-        rates = [await self._echoed(stub, credential.session_address, _FIRST_PROBE_BYTES)]
-        slowest = min(rates[0], self._limiter.bytes_per_s if self._limiter is not None else math.inf)
+        address = credential.session_address
+        await self._echo_s(stub, address, 1)  # opens the connection
+        empty_s = min([await self._echo_s(stub, address, 1) for _ in range(_PROBES)])
+        small_s = min([await self._echo_s(stub, address, _FIRST_PROBE_BYTES) for _ in range(_PROBES)])
+        rate = 2 * _FIRST_PROBE_BYTES / max(small_s - empty_s, 1e-4)
+        slowest = min(rate, self._limiter.bytes_per_s if self._limiter is not None else math.inf)
         if 2 * _PROBE_BYTES / slowest < _PROBE_S:
-            rates = [await self._echoed(stub, credential.session_address, _PROBE_BYTES) for _ in range(_PROBES)]
-        return sorted(rates)[len(rates) // 2]
+            large_s = sorted([await self._echo_s(stub, address, _PROBE_BYTES) for _ in range(_PROBES)])
+            rate = 2 * _PROBE_BYTES / large_s[_PROBES // 2]
+        return rate
 
-    async def _echoed(self, stub: Any, address: str, n_bytes: int) -> float:
-        """Bytes per second of one round trip of random content."""
+    async def _echo_s(self, stub: Any, address: str, n_bytes: int) -> float:
+        """Seconds of one round trip of random content."""
         content = os.urandom(n_bytes)
         if self._limiter is not None:
             await self._limiter.take(n_bytes)
         started = time.perf_counter()
         with dial.errors_of(address):
             await stub.Probe(pb.Echo(content=content), timeout=30.0)
-        return 2 * n_bytes / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
 
 def _check_plain(path: Path) -> None:

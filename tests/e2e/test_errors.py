@@ -317,14 +317,13 @@ def test_a_full_disk_of_a_node_is_said_and_the_others_go_on(made: Cluster, small
     made.wait_ready(3)
     try:
         fill(small_disk, spare_bytes=512 * 1024)
-        cramped = ("nodes.require.names=[cramped]", "strategy=single_node", "train.steps=100")
-        done = made.hive(
-            "submit", str(JOBS / "long.yaml"), "--wait", *(f"--set={each}" for each in cramped), check=False
-        )
+        sets = ("nodes.require.names=[cramped]", "strategy=single_node", "train.steps=100")
+        there = ["submit", str(JOBS / "long.yaml"), "--wait", *(f"--set={each}" for each in sets)]
+        done = made.hive(*there, check=False)
         refused(done, 100, "no space left on the disk", "blame     node", "nodes     cramped")
         made.hive("submit", str(JOBS / "mlp.yaml"), "--wait", "--set=nodes.require.names=[n0, n1]")
         (small_disk / "filler").unlink()
-        made.hive("submit", "--wait", *cramped)
+        made.hive(*there)
     finally:
         (small_disk / "filler").unlink(missing_ok=True)
         node.end()

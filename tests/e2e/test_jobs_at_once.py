@@ -56,12 +56,10 @@ def test_twenty_jobs_submitted_at_once_all_succeed_in_the_order_they_came(made: 
         assert (job["reason"], job["message"]) == ("waiting_for_busy_nodes", "all nodes are busy with earlier jobs")
     assert "all nodes are busy with earlier jobs" in made.hive("ps").stdout
 
-    for job_id in job_ids:
-        assert made.wait(job_id, 240)["state"] == "SUCCEEDED"
-    assert made.ask("ps")["jobs"] == []
+    until(lambda: not made.ask("ps")["jobs"], "all have ended", 240)
     every = {job["id"]: job for job in made.ask("ps", "--all")["jobs"]}
-    assert job_ids <= every.keys()
-    assert {every[job_id]["step"] for job_id in job_ids} == {50}
+    assert job_ids <= every.keys(), "none is lost"
+    assert {(every[job_id]["state"], every[job_id]["step"]) for job_id in job_ids} == {("SUCCEEDED", 50)}
 
     entered: dict[str, dict[str, int]] = {"PLANNING": {}, "STARTING": {}}
     for event in made.events():
@@ -98,13 +96,13 @@ def test_running_and_queued_jobs_are_paused_resumed_and_cancelled(made: Cluster)
 
 
 def test_a_pause_and_a_restart_of_the_coordinator_leave_no_trace_in_the_losses(made: Cluster) -> None:
-    straight = made.submit(JOBS / "long.yaml", "train.steps=600")
-    broken = made.submit(JOBS / "long.yaml", "train.steps=600")
+    straight = made.submit(JOBS / "long.yaml", "train.steps=400")
+    broken = made.submit(JOBS / "long.yaml", "train.steps=400")
     assert made.wait(straight)["state"] == "SUCCEEDED"
     made.wait_step(broken, 100)
     made.hive("pause", broken)
     step = made.wait_state(broken, "PAUSED")["step"]
-    assert 100 <= step < 600
+    assert 100 <= step < 400
     assert made.coordinator is not None
     made.coordinator.kill()
     made.start_coordinator()
@@ -112,9 +110,9 @@ def test_a_pause_and_a_restart_of_the_coordinator_leave_no_trace_in_the_losses(m
     made.wait_ready(2)
     made.hive("resume", broken)
     ended = made.wait(broken)
-    assert (ended["state"], ended["step"], ended["fence"]) == ("SUCCEEDED", 600, 2)
+    assert (ended["state"], ended["step"], ended["fence"]) == ("SUCCEEDED", 400, 2)
     losses = {job_id: [line["loss"] for line in made.metrics(job_id)] for job_id in (straight, broken)}
-    assert len(losses[straight]) == 600
+    assert len(losses[straight]) == 400
     assert losses[broken] == pytest.approx(losses[straight], abs=1e-5)
 
 

@@ -152,7 +152,7 @@ def test_a_fast_line_is_measured_with_large_echoes_and_a_capped_one_with_a_small
 
     async def capped(made: House, transfers: Transfers) -> None:
         assert await transfers.bandwidth_bytes_per_s() > 0
-        assert made.echo.sizes == [32 * 1024]
+        assert max(made.echo.sizes) == 32 * 1024 and sum(made.echo.sizes) < 100 * 1024
 
     run(tmp_path / "free", free)
     run(tmp_path / "capped", capped, 100_000.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from coordinator.control import events as e
@@ -12,7 +13,7 @@ from coordinator.membership import MembershipService
 from coordinator.records import Attempt, Job
 from coordinator.sessions import Session, Sessions
 from coordinator.store.memory import MemoryStore
-from coordinator.store.protocol import Accept, PutAttempt, PutJob, Write
+from coordinator.store.protocol import Accept, PutAttempt, PutJob, PutMember, Write
 from protos import documents
 from protos.capacity import Capacity
 from protos.errors import Exhausted, HiveError
@@ -188,6 +189,9 @@ class SimCoordinator:
 
     async def _hello(self, wire: Wire, hello: pb.Hello) -> None:
         node_id = wire.node.node_id
+        member = await self.store.member(node_id)
+        if member is not None and member.left:  # it joined again with a token, as enrolment writes it
+            await self.store.commit(PutMember(replace(member, left=False), member.version))
         session = Session(node_id, hello.name, hello.spool_id, CAPACITY)
         wire.session = session
         leases = documents.decode(tuple[HeldLease, ...], hello.leases_json)
