@@ -93,7 +93,7 @@ def job(
         key: progress[key] for key in ("loss", "accuracy", "samples_per_s") if progress.get(key) is not None
     }
     ended_s = record.finished_s if record.state in TERMINAL_JOB_STATES else now_s
-    source = json.loads(record.spec_json)["model"]
+    source = json.loads(record.spec_json).get("model", {})  # a record of another version may say less
     code = json.loads(record.code_json)["files"] if record.code_json else []
     seconds = None if record.started_s is None or ended_s is None else max(0.0, ended_s - record.started_s)
     return {
@@ -121,7 +121,7 @@ def job(
         "finished_s": record.finished_s,
         "last_lines": result.get("last_lines", []),
         "seq": seq,
-        "model": {"source": source["source"], "args": source["args"]},
+        "model": {"source": source.get("source", ""), "args": source.get("args", {})},
         "code": [{"name": entry["path"], "digest": entry["digest"], "bytes": entry["bytes"]} for entry in code],
     }
 

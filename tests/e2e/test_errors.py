@@ -363,7 +363,15 @@ def test_a_taken_port_and_a_taken_home_are_said(made: Cluster, tmp_path: Path) -
 
 def test_ctrl_c_while_waiting_detaches_and_the_job_goes_on(made: Cluster) -> None:
     waiting = subprocess.Popen(
-        [sys.executable, "-m", "coordinator.cli.main", "submit", str(JOBS / "long.yaml"), "--wait"],
+        [
+            sys.executable,
+            "-m",
+            "coordinator.cli.main",
+            "submit",
+            str(JOBS / "long.yaml"),
+            "--wait",
+            "--set=train.steps=20000",
+        ],
         env=made.environment(made.home),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

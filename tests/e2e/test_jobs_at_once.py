@@ -13,7 +13,7 @@ from tests.e2e.cluster import Cluster, until
 
 JOBS = Path(__file__).parent / "jobs"
 MANY = 20
-STEPS = 1500  # of long.yaml
+STEPS = 1000  # enough for a hand to come between
 SAMPLES = (STEPS // 23) * 1438 + 64 * (STEPS % 23)  # builtin:digits has 1438 rows, 22 batches of 64 and one of 30
 
 SUBMIT_MANY = """
@@ -70,7 +70,8 @@ def test_twenty_jobs_submitted_at_once_all_succeed_in_the_order_they_came(made: 
 
 
 def test_running_and_queued_jobs_are_paused_resumed_and_cancelled(made: Cluster) -> None:
-    running, queued = made.submit(JOBS / "long.yaml"), made.submit(JOBS / "long.yaml", "name=queued")
+    running = made.submit(JOBS / "long.yaml", "train.steps=20000")
+    queued = made.submit(JOBS / "long.yaml", "name=queued")
     made.wait_step(running, 50)
     assert made.wait_state(queued, "QUEUED")["message"] == "all nodes are busy with earlier jobs"
 
@@ -96,13 +97,13 @@ def test_running_and_queued_jobs_are_paused_resumed_and_cancelled(made: Cluster)
 
 
 def test_a_pause_and_a_restart_of_the_coordinator_leave_no_trace_in_the_losses(made: Cluster) -> None:
-    straight = made.submit(JOBS / "long.yaml", "train.steps=400")
-    broken = made.submit(JOBS / "long.yaml", "train.steps=400")
+    straight = made.submit(JOBS / "long.yaml", f"train.steps={STEPS}")
+    broken = made.submit(JOBS / "long.yaml", f"train.steps={STEPS}")
     assert made.wait(straight)["state"] == "SUCCEEDED"
     made.wait_step(broken, 100)
     made.hive("pause", broken)
     step = made.wait_state(broken, "PAUSED")["step"]
-    assert 100 <= step < 400
+    assert 100 <= step < STEPS
     assert made.coordinator is not None
     made.coordinator.kill()
     made.start_coordinator()
@@ -110,14 +111,14 @@ def test_a_pause_and_a_restart_of_the_coordinator_leave_no_trace_in_the_losses(m
     made.wait_ready(2)
     made.hive("resume", broken)
     ended = made.wait(broken)
-    assert (ended["state"], ended["step"], ended["fence"]) == ("SUCCEEDED", 400, 2)
+    assert (ended["state"], ended["step"], ended["fence"]) == ("SUCCEEDED", STEPS, 2)
     losses = {job_id: [line["loss"] for line in made.metrics(job_id)] for job_id in (straight, broken)}
-    assert len(losses[straight]) == 400
+    assert len(losses[straight]) == STEPS
     assert losses[broken] == pytest.approx(losses[straight], abs=1e-5)
 
 
 def test_a_node_that_is_told_to_end_hands_its_work_over(made: Cluster) -> None:
-    job_id = made.submit(JOBS / "long.yaml")
+    job_id = made.submit(JOBS / "long.yaml", f"train.steps={STEPS}")
     made.wait_step(job_id, 100)
     assert made.nodes["n1"].end() == 0
     ended = made.wait(job_id)
@@ -129,13 +130,13 @@ def test_a_node_that_is_told_to_end_hands_its_work_over(made: Cluster) -> None:
 def test_a_node_that_leaves_for_good_is_gone_and_its_work_goes_on(made: Cluster) -> None:
     made.start_node("guest")
     made.wait_ready(3)
-    job_id = made.submit(JOBS / "long.yaml", "nodes.require.names=[guest, n0]", "train.steps=800")
+    job_id = made.submit(JOBS / "long.yaml", "nodes.require.names=[guest, n0]", f"train.steps={STEPS}")
     made.wait_step(job_id, 100)
     made.hive_node("guest", "leave")
     guest = made.nodes.pop("guest")
     assert guest.process is not None and guest.process.wait(30) == 0
     ended = made.wait(job_id)
-    assert (ended["state"], ended["nodes"], ended["step"]) == ("SUCCEEDED", ["n0"], 800), ended
+    assert (ended["state"], ended["nodes"], ended["step"]) == ("SUCCEEDED", ["n0"], STEPS), ended
     assert not (guest.home / "node" / "credential.json").exists()
     (gone,) = [node for node in made.show_nodes() if node["name"] == "guest"]
     assert gone["link"] == "LEFT"

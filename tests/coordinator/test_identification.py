@@ -1,0 +1,140 @@
+"""Who is asked what a model is, how often, and what of the answer is whose fault."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from test_planner import DATA, job, model
+
+from coordinator.identification import Identifier, Refusal
+from coordinator.sessions import Session, Sessions
+from coordinator.submission import Submission
+from protos import documents
+from protos.artifact import FileEntry, Manifest, digest_bytes
+from protos.capacity import Capacity
+from protos.errors import Blame, ErrorCode, SpecError, Unreachable
+from protos.gen import work_pb2
+from protos.ids import JobId, NodeId
+from protos.plan import Identification
+from protos.states import AttemptState, Reason
+from protos.work import Fault, Outcome
+
+CAPACITY = Capacity("host", "machine", "linux", "3.11", 1.0, 1, 1, 1, 1)
+FOUND = Identification(model(), DATA, {}, {})
+KNOWS = Outcome(AttemptState.DONE, document=documents.encode(FOUND).decode())
+SUBMISSION = Submission(job(), None, None, None, None)
+
+
+def failed(reason: Reason, blame: Blame, *, retryable: bool) -> Outcome:
+    fault = Fault(reason, blame, "it did not work", "mend it", retryable=retryable, last_lines=("Traceback", "Error"))
+    return Outcome(AttemptState.FAILED, fault=fault)
+
+
+class House:
+    def __init__(self, folder: Path) -> None:
+        self.sessions = Sessions()
+        self.folder = folder
+        self.identifier = Identifier(self.sessions, lambda digest: folder / digest)
+        self.asked: list[str] = []
+        self.answering: list[asyncio.Task[None]] = []
+
+    def node(self, name: str, outcome: Outcome | None) -> NodeId:
+        """A node that answers every question so, or goes away when it is asked."""
+        session = Session(NodeId(name), name, "s", CAPACITY)
+        self.sessions.add(session)
+
+        async def answer() -> None:
+            while (message := await session.outgoing.get()) is not None:
+                self.asked.append(name)
+                number = message.task_request.call_id
+                if outcome is None:
+                    session.close()
+                else:
+                    result = work_pb2.TaskResult(call_id=number, outcome_json=documents.encode(outcome))
+                    self.sessions.answer_task(session.node_id, result)
+
+        self.answering.append(asyncio.create_task(answer()))
+        return session.node_id
+
+    async def identify(self, *nodes: NodeId, submission: Submission = SUBMISSION) -> Identification:
+        return await self.identifier.identify(submission, JobId("j-1"), nodes, "nobody is here")
+
+
+def run(tmp_path: Path, body: Callable[[House], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            house = House(tmp_path)
+            await body(house)
+            for task in house.answering:
+                task.cancel()
+
+    asyncio.run(main())
+
+
+def test_the_same_job_twenty_times_is_identified_once(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        node = house.node("a", KNOWS)
+        found = await asyncio.gather(*(house.identify(node) for _ in range(20)))
+        assert found == [FOUND] * 20 and house.asked == ["a"]
+        named = Submission(job(name="another name"), None, None, None, None)
+        assert await house.identify(node, submission=named) == FOUND and house.asked == ["a"]
+
+    run(tmp_path, body)
+
+
+def test_a_node_that_cannot_say_is_passed_over_for_the_next(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        gone = house.node("gone", None)
+        broken = house.node("broken", failed(Reason.NODE_LOST, Blame.NODE, retryable=True))
+        assert await house.identify(NodeId("never there"), gone, broken, house.node("good", KNOWS)) == FOUND
+        assert house.asked == ["gone", "broken", "good"]
+
+    run(tmp_path, body)
+
+
+def test_what_the_user_must_change_is_refused_by_the_first_that_says_so(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        bad = house.node("a", failed(Reason.USER_CODE, Blame.USER_CODE, retryable=False))
+        with pytest.raises(Refusal, match="it did not work") as refused:
+            await house.identify(bad, house.node("b", KNOWS))
+        assert (refused.value.reason, refused.value.code) == (Reason.MODEL_UNUSABLE, ErrorCode.MODEL_UNUSABLE)
+        assert refused.value.details == ("Traceback", "Error") and house.asked == ["a"]
+
+    run(tmp_path, body)
+
+
+def test_an_answer_that_cannot_be_read_is_a_refusal_and_not_asked_for_again_and_again(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        other = house.node("a", Outcome(AttemptState.DONE, document='{"shape": "unknown"}'))
+        with pytest.raises(Refusal, match="Identification") as refused:
+            await house.identify(other)
+        assert refused.value.blame is Blame.COORDINATOR and house.asked == ["a"]
+
+    run(tmp_path, body)
+
+
+def test_nobody_who_could_say_is_a_reason_to_wait(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        with pytest.raises(Unreachable, match="nobody is here"):
+            await house.identify()
+        silent = house.node("a", Outcome(AttemptState.DONE))
+        with pytest.raises(Unreachable, match="answered nothing"):
+            await house.identify(silent)
+
+    run(tmp_path, body)
+
+
+def test_a_model_file_that_cannot_be_trained_is_refused_at_the_door(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        content = b"\x80\x02}q\x00."  # a pickle of an empty dict: no model
+        entry = FileEntry("model.pt", digest_bytes(content), len(content))
+        (tmp_path / entry.digest).write_bytes(content)
+        submission = Submission(job(model={"source": "model.pt"}), None, None, None, Manifest((entry,)))
+        with pytest.raises(SpecError):
+            await house.identifier.check_file(submission)
+        await house.identifier.check_file(SUBMISSION)
+
+    run(tmp_path, body)

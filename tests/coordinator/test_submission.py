@@ -1,0 +1,72 @@
+"""A submit request, decoded and checked; equal submissions have equal keys."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from coordinator.records import Job
+from coordinator.submission import Submission, of_record, of_request
+from protos import documents, jobspec, limits
+from protos.artifact import FileEntry, Manifest, digest_bytes
+from protos.errors import SpecError
+from protos.gen import jobs_pb2
+from protos.ids import JobId
+from protos.states import JobState, Reason
+from protos.work import Task, TaskKind
+
+SPEC: dict[str, Any] = {"name": "digits", "model": {"source": "model.py:build"}, "data": {"source": "train.npz"}}
+
+
+def manifest(**files: bytes) -> Manifest:
+    return Manifest(tuple(FileEntry(name, digest_bytes(content), len(content)) for name, content in files.items()))
+
+
+def request(spec: dict[str, Any] | None = None, **parts: Manifest) -> jobs_pb2.SubmitRequest:
+    encoded: dict[str, Any] = {f"{name}_json": documents.encode(part) for name, part in parts.items()}
+    return jobs_pb2.SubmitRequest(spec_json=json.dumps(spec or SPEC).encode(), **encoded)
+
+
+def test_what_was_submitted_comes_back_from_the_record_as_it_was() -> None:
+    made = of_request(request(code=manifest(model=b"def build(): ..."), data=manifest(train=b"rows")))
+    record = Job(
+        JobId("j-1"),
+        "digits",
+        "me",
+        JobState.SUBMITTED,
+        Reason.NONE,
+        jobspec.dump(made.spec).encode(),
+        1.0,
+        1.0,
+        code_json=documents.encode(made.code),
+        data_json=documents.encode(made.data),
+    )
+    assert of_record(record) == made
+    assert dict(made.manifests) == {"code": made.code, "data": made.data}
+    task = made.task(TaskKind.IDENTIFY, JobId("j-1"))
+    assert documents.decode(Task, documents.encode(task)) == task
+
+
+def test_the_key_is_of_what_is_identified() -> None:
+    first = of_request(request(code=manifest(model=b"one")))
+    for same in ({**SPEC, "name": "again"}, {**SPEC, "strategy": "single_node"}):
+        assert of_request(request(same, code=manifest(model=b"one"))).key == first.key
+    others: list[Submission] = [
+        of_request(request(code=manifest(model=b"two"))),
+        of_request(request(data=manifest(model=b"one"))),
+        of_request(request({**SPEC, "model": {"source": "model.py:build", "args": {"hidden": 1}}}, code=first.code)),  # type: ignore[arg-type]
+    ]
+    assert len({each.key for each in (first, *others)}) == 4
+
+
+def test_a_submission_that_passes_fits_into_an_offer() -> None:
+    """One that did not would end the session of every node it is offered to."""
+    files = tuple(
+        FileEntry(f"data/{number:06}.npy", digest_bytes(b"x"), 1, f"/lab/{number:06}.npy") for number in range(9_000)
+    )
+    made = of_request(request(data=Manifest(files)))
+    assert len(documents.encode(made.task(TaskKind.TRAIN, JobId("j-1")))) < limits.MAX_DOCUMENT_BYTES
+    with pytest.raises(SpecError, match="lists of its files"):
+        of_request(request(data=Manifest(files), test=Manifest(files[:5000])))
