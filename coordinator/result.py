@@ -141,7 +141,7 @@ def _report(
         "nodes": {
             name: {
                 "samples": sum(usage.samples for _, usage in used),
-                "steps": sum(usage.steps for _, usage in used),
+                "steps": _steps(used),
                 "bytes_sent": sum(usage.bytes_sent for _, usage in used),
                 "peak_memory_bytes": max(usage.peak_memory_bytes for _, usage in used),
                 "compute_s": sum(usage.compute_s for _, usage in used),
@@ -163,3 +163,11 @@ def _report(
         "metrics": dict(final),
         "spec": json.loads(record.spec_json),
     }
+
+
+def _steps(used: Iterable[tuple[Attempt, Usage]]) -> int:
+    """Several ranks of a node take each step together: counted once per generation."""
+    by_fence: dict[int, int] = {}
+    for row, usage in used:
+        by_fence[row.fence] = max(usage.steps, by_fence.get(row.fence, 0))
+    return sum(by_fence.values())
