@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import signal
 from collections.abc import Coroutine, Mapping
 from typing import Any
@@ -24,6 +23,8 @@ from node.enrolment import Identity, Wanted
 from node.errands import Errands
 from node.faults import CannotWork, failed_outcome
 from node.fitness import Fitness
+from node.joining import Joining
+from node.owner_view import OwnerView
 from node.runner import Runner, make_runner
 from node.session import Session
 from node.spool import Spool
@@ -31,11 +32,9 @@ from node.store_calls import StoreCalls
 from node.transfers import Transfers
 from node.workspace import Workspaces
 from protos import documents, enrol, version
-from protos.announcement import NodeAnnouncement
 from protos.artifact import Manifest
 from protos.capacity import Capacity
-from protos.credentials import Credential
-from protos.errors import AccessError, Conflict, HiveError
+from protos.errors import Conflict, HiveError
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
 from protos.ids import Fence, JobId
@@ -93,17 +92,18 @@ class Daemon:
         self._fitness = Fitness(
             config, capacity, runner, self._errands, transfers, self._session, calibrations, self._judge
         )
+        self._view = OwnerView(config.name, self._fitness, self._session, self._spool, runner)
         self._unfit = ""
         self._attempts: dict[agent.Key, Attempt] = {}
         self._advertiser: Advertiser | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._under_way: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
+        self._joining = Joining(identity, self._stop, self._waits_for_owner)
         self._hurry = False
         self._quiet = asyncio.Event()
         self._node_id = ""
         self._for_good = False
-        self._invited: asyncio.Future[Credential] | None = None  # while it waits for a token
 
     @classmethod
     async def open(cls, config: NodeConfig, stack: contextlib.AsyncExitStack) -> Daemon:
@@ -127,7 +127,9 @@ class Daemon:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 if self._config.advertise:
-                    self._advertiser = Advertiser(f"hive-{self._spool.spool_id}", self._announcement())
+                    self._advertiser = Advertiser(
+                        f"hive-{self._spool.spool_id}", self._view.announcement(self._node_id)
+                    )
                     await stack.enter_async_context(self._advertiser)
                 if await self._join():
                     await self._work()
@@ -149,7 +151,7 @@ class Daemon:
                 helpers = [
                     tasks.create_task(self._fitness.keep_measured()),
                     tasks.create_task(self._fitness.keep_fresh(self._sweep)),
-                    tasks.create_task(self._keep_announced()),
+                    tasks.create_task(self._view.keep_announced(self._advertiser, self._node_id)),
                 ]
                 await self._until_stopped(session)
                 for task in (session, *helpers, *self._under_way):
@@ -158,33 +160,16 @@ class Daemon:
             raise _first(group) from None
 
     async def _join(self) -> bool:
-        """False when the owner stopped it first. Without a token it shows itself on the LAN and waits for its owner."""
-        stopped = asyncio.create_task(self._stop.wait())
-        joining = asyncio.create_task(self._identity.current())
-        try:
-            await asyncio.wait([joining, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if not joining.done():
-                return False
-            try:
-                credential = await joining
-            except AccessError as error:
-                if self._config.token or self._advertiser is None:
-                    raise
-                self._fitness.obstacle = "not joined yet"
-                log.warning("not joined", reason=error.message, hint=f"{error.hint}; hive nodes --lan there lists us")
-                self._invited = asyncio.get_running_loop().create_future()
-                events: list[asyncio.Future[Any]] = [self._invited, stopped]
-                await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-                if not self._invited.done():
-                    return False
-                credential = self._invited.result()
-        finally:
-            joining.cancel()
-            stopped.cancel()
-            self._invited = None
+        """False when the owner stopped it first."""
+        credential = await self._joining.member(may_wait=not self._config.token and self._advertiser is not None)
+        if credential is None:
+            return False
         self._node_id = credential.id
         log.info("member", node_id=credential.id, coordinator=credential.session_address)
         return True
+
+    def _waits_for_owner(self) -> None:
+        self._fitness.obstacle = "not joined yet"
 
     async def _until_stopped(self, session: asyncio.Task[None]) -> None:
         stopped = asyncio.create_task(self._stop.wait())
@@ -383,31 +368,6 @@ class Daemon:
     def _sweep(self) -> None:
         self._workspaces.sweep(frozenset(job_id for job_id, *_ in list(self._attempts)))
 
-    # ---- the LAN
-
-    async def _keep_announced(self) -> None:
-        """What is announced follows what is known, within seconds; the same again sends nothing."""
-        while self._advertiser is not None:
-            try:
-                await self._advertiser.update(self._announcement())
-            except Exception:  # a network that went away under zeroconf is no reason to stop working
-                log.exception("not announced")
-            await asyncio.sleep(15.0 if self._fitness.capacity.flops else 1.0)
-
-    def _announcement(self) -> NodeAnnouncement:
-        capacity = self._fitness.capacity
-        best = max((rate.best for rate in capacity.flops.values()), default=0.0)
-        return NodeAnnouncement(
-            id=self._node_id,
-            name=self._config.name,
-            version=version.SOFTWARE,
-            cores=capacity.cores,
-            memory_bytes=capacity.memory_bytes,
-            gpu=capacity.gpus[0].name if capacity.gpus else "",
-            gflops=best / 1e9,
-            joined=bool(self._node_id),
-        )
-
     # ---- the owner's commands
 
     async def handle_command(self, command: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -425,62 +385,17 @@ class Daemon:
                 self._for_good = True
                 self._stop.set()
             case "join":
-                await self._accept_invitation(str(arguments.get("token")), arguments.get("coordinator"))
+                coordinator = arguments.get("coordinator")
+                await self._joining.invite(self._config.home, str(arguments.get("token")), coordinator)
             case "bench":
                 if self._attempts:
                     raise HiveError("this node is working", "pause it first: hive-node pause")
                 await self._fitness.measure(again=True)
                 return {"schema": version.SCHEMA, "capacity": documents.plain(self._fitness.capacity)}
             case "doctor":
-                return {"schema": version.SCHEMA, "checks": self._checks()}
-        return {"schema": version.SCHEMA, "node": self._status()}
-
-    async def _accept_invitation(self, token: str, coordinator: str | None) -> None:
-        """The owner typed the command that `hive nodes --lan` showed, where this daemon already waits."""
-        if self._invited is None or self._invited.done():
-            raise Conflict(
-                f"a node daemon already runs in {self._config.home}",
-                "stop it with hive-node leave, or give this one its own folder with --home",
-            )
-        credential = await self._identity.invited(parse_token(token), coordinator)
-        if not self._invited.done():
-            self._invited.set_result(credential)
-
-    def _status(self) -> dict[str, Any]:
-        activity, reason = self._activity()
-        return {
-            "id": self._node_id,
-            "name": self._config.name,
-            "link": "CONNECTED" if self._session.is_connected else "DISCONNECTED",
-            "activity": activity.value,
-            "reason": reason or self._session.problem,
-            "user": pwd.getpwuid(os.geteuid()).pw_name,
-            "cpu_mechanism": self._runner.cpu_limit.mechanism,
-            "pid": os.getpid(),
-            "jobs": documents.plain_as(tuple[HeldLease, ...], self._state.leases()),
-        }
-
-    def _checks(self) -> list[dict[str, Any]]:
-        limit = self._runner.cpu_limit
-        capacity = self._fitness.capacity
-        lan = self._advertiser.problem if self._advertiser is not None else "not announced (--no-advertise)"
-        trusted = [network.cidr for network in capacity.networks if network.cidr != "loopback"]
-        measured = {name: f"{rate.best / 1e9:.1f}" for name, rate in capacity.flops.items()}
-        unmeasured = self._unfit or self._fitness.obstacle or "not measured"
-        return [
-            _check("session", self._session.is_connected, self._session.problem or "connected"),
-            _check("workers", not self._unfit, self._unfit or "start on demand"),
-            _check("cpu cap", True, f"{limit.mechanism}: {limit.reason}"),
-            _check("memory cap", True, f"{capacity.memory_bytes / 2**30:.1f} GiB, watched on the worker tree"),
-            _check("speed", bool(measured), f"GFLOP/s: {measured}" if measured else unmeasured),
-            _check("trusted networks", True, ", ".join(trusted) or "none but loopback (see --trusted-lan)"),
-            _check("zeroconf", not (self._advertiser and lan), lan or "announced"),
-            _check("spool", True, f"{len(self._spool.waiting())} messages wait for the coordinator"),
-        ]
-
-
-def _check(name: str, ok: bool, message: str) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "message": message, "hint": ""}
+                return {"schema": version.SCHEMA, "checks": self._view.checks(self._unfit, self._advertiser)}
+        status = self._view.status(self._node_id, *self._activity(), self._state.leases())
+        return {"schema": version.SCHEMA, "node": status}
 
 
 async def _find(fingerprint: str) -> str:
