@@ -6,6 +6,7 @@ the last committed step is always a consistent state to hold. Counts are of comm
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -319,7 +320,7 @@ def metrics_of(run: Run) -> dict[str, float]:
     values = {"loss": run.reporter.last_loss, "samples_per_s": run.reporter.mean_rate}
     if run.score is not None:
         values |= {"test_loss": run.score.loss, "accuracy": run.score.accuracy}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def open_data(context: TaskContext) -> tuple[Dataset, Dataset | None]:
