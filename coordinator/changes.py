@@ -206,6 +206,11 @@ def _exit_code(job: JobView) -> int | None:
             return None
 
 
+def submitted_event(record: Job) -> AppendEvent:
+    """The first event of a job."""
+    return AppendEvent("job", record.job_id, None, _job_payload(record))
+
+
 def _job_payload(record: Job) -> dict[str, object]:
     return {
         "state": record.state.value,

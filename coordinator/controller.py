@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from coordinator import recovery
-from coordinator.changes import Changes, Extra, Supplement
+from coordinator.changes import Changes, Extra, Supplement, submitted_event
 from coordinator.control import events as e
 from coordinator.control.state import State, Timing
 from coordinator.control.step import step
@@ -149,7 +149,7 @@ class Controller:
         self._orders += 1
         self._records[record.job_id] = record
         try:
-            await self._step(e.Submitted(record.job_id, self._orders), (PutJob(record, None),))
+            await self._step(e.Submitted(record.job_id, self._orders), (PutJob(record, None), submitted_event(record)))
         except BaseException:
             self._records.pop(record.job_id, None)
             raise

@@ -7,6 +7,7 @@ coordinator recognises what it has already accepted. While the coordinator is aw
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections import deque
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 from protos.gen import membership_pb2 as pb
 from protos.ids import JobId, new_spool_id
 from protos.log import Log
+from protos.reserve import Reserve
 
 log = Log("hive.node.spool")
 
@@ -24,6 +26,7 @@ _LENGTH = struct.Struct("<I")
 _COMPACT_BYTES = 8 * 1024 * 1024
 MAX_WAITING_LOG_BYTES = 32 * 1024 * 1024
 _SYNCED = ("report", "checkpoint_json")
+_RESERVE_BYTES = 1024 * 1024
 
 
 class Spool:
@@ -48,6 +51,8 @@ class Spool:
                 self._waiting.append(message)
                 self._log_bytes += _output_bytes(message)
         self._file = self._path.open("ab")
+        self._reserve = Reserve(folder / "reserve", _RESERVE_BYTES)
+        self._reserve.take()
 
     def _load(self) -> list[pb.Durable]:
         """All whole records; a torn tail (killed while writing, or the machine died) is cut off."""
@@ -78,12 +83,15 @@ class Spool:
         size = _output_bytes(message)
         if size and self._log_bytes + size > MAX_WAITING_LOG_BYTES:
             return None
+        try:
+            self._write(message, sync=kind in _SYNCED)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or kind not in _SYNCED or not self._reserve.held:
+                raise
+            self._reserve.release()  # kept back for this: how a job ended must not be lost for want of a few bytes
+            self._write(message, sync=True)
         self._log_bytes += size
         self._seq += 1
-        self._write(message)
-        if kind in _SYNCED:
-            self._file.flush()
-            os.fsync(self._file.fileno())
         self._waiting.append(message)
         return message
 
@@ -98,8 +106,9 @@ class Spool:
             message = self._waiting.popleft()
             self._log_bytes -= _output_bytes(message)
             done.append(message)
-        if done and (not self._waiting or self._file.tell() > _COMPACT_BYTES):
+        if done and (not self._waiting or self._path.stat().st_size > _COMPACT_BYTES):
             self._compact()
+            self._reserve.take()
         return done
 
     def waiting(self, after_seq: int = 0) -> list[pb.Durable]:
@@ -120,10 +129,19 @@ class Spool:
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, message: pb.Durable) -> None:
+    def _write(self, message: pb.Durable, sync: bool) -> None:
+        """The whole record or nothing of it. Raises OSError."""
         content = message.SerializeToString()
-        self._file.write(_LENGTH.pack(len(content)) + content)
-        self._file.flush()
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            os.writev(self._file.fileno(), [_LENGTH.pack(len(content)), content])
+            if os.fstat(self._file.fileno()).st_size != before + _LENGTH.size + len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), before)
+            raise
 
     def _compact(self) -> None:
         """Rewrite the file with what still waits and the number reached; atomic."""

@@ -77,17 +77,21 @@ def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: T
         stops = _stop_working(job, StopMode.CANCEL, fault.message)
         ended = end(job, JobState.FAILED, fault.reason, fault.message, fault.hint, fault.blame)
         return ended, [*stops, e.CloseRendezvous(job.job_id, job.fence), e.Finish(job.job_id)]
-    reason = fault.reason if fault else Reason.PEER_LOST
-    message = fault.message if fault else f"rank {event.rank} failed"
-    return _recover(job, reason, message, now_s, timing)
+    if fault is None:
+        return _recover(job, Reason.PEER_LOST, f"rank {event.rank} failed", now_s, timing)
+    if fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY):
+        job = replace(job, avoid=job.avoid | {event.node_id})
+    return _recover(job, fault.reason, fault.message, now_s, timing, fault.hint)
 
 
-def _recover(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+def _recover(
+    job: JobView, reason: Reason, message: str, now_s: float, timing: Timing, hint: str = ""
+) -> tuple[JobView, Effects]:
     """Ask the survivors to hold. Called again while recovering it only adds nothing."""
     if job.state is JobState.RECOVERING:
         return job, []
     stops = _stop_working(job, StopMode.HOLD, message)
-    job = to(job, JobState.RECOVERING, reason, message)
+    job = to(job, JobState.RECOVERING, reason, message, hint)
     return replace(job, deadline_s=now_s + timing.hold_s), stops
 
 
@@ -137,7 +141,7 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         job = to(job, JobState.RECOVERING, Reason.PEER_LOST, job.message)
     if job.retries >= timing.retries:
         message = f"gave up after {timing.retries} tries without a step in between: {job.message}"
-        hint = "hive logs shows what the workers printed; hive nodes shows who is there"
+        hint = job.hint or "hive logs shows what the workers printed; hive nodes shows who is there"
         ended = end(job, JobState.FAILED, Reason.RETRIES_EXHAUSTED, message, hint, _blame(job))
         return state.with_job(ended), [close, e.Finish(job_id)]
     wait_s = timing.backoff_s(job.retries)

@@ -105,6 +105,7 @@ class JobView:
     plan: Plan | None = None
     attempts: tuple[AttemptView, ...] = ()
     held: tuple[Held, ...] = ()
+    avoid: frozenset[NodeId] = frozenset()  # nodes that had too little disk or memory for it
     trail: tuple[Transition, ...] = ()  # states entered since the last write, the current one last
 
     @property

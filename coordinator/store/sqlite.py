@@ -23,10 +23,10 @@ from coordinator.store.engine import READERS, Engines, as_hive_error, open_engin
 from coordinator.store.feed import Feed
 from coordinator.store.home_lock import HomeLock
 from coordinator.store.protocol import ChainCheck, Write
-from coordinator.store.reserve import Reserve
 from coordinator.store.writer import Events, Writer
 from protos.errors import Conflict
 from protos.ids import Fence, JobId, NodeId
+from protos.reserve import Reserve
 from protos.states import JobState
 
 P = ParamSpec("P")

@@ -20,9 +20,9 @@ from coordinator.records import Event
 from coordinator.store.chain import Head
 from coordinator.store.engine import as_hive_error, disk_is_full
 from coordinator.store.protocol import Write
-from coordinator.store.reserve import Reserve
 from coordinator.store.rows import SqlRows
 from coordinator.store.rules import apply
+from protos.reserve import Reserve
 
 MAX_GROUP = 512
 _RESERVE_RETRY_S = 60.0

@@ -9,7 +9,7 @@ from coordinator.control import events as e
 from protos.errors import Blame
 from protos.ids import Fence, JobId, NodeId
 from protos.states import Activity, AttemptState, JobState, NodeLink, Reason
-from protos.work import Outcome
+from protos.work import Fault, Outcome
 
 JOB = JobId("j-1")
 
@@ -235,6 +235,27 @@ def test_one_silent_node_of_a_group_is_lost_after_its_lease() -> None:
     bench.do(e.NodeDisconnected(NodeId("b")))
     bench.wait(TIMING.lease_ttl_s + 2.0, heard=("a",))
     assert bench.job().state is JobState.RECOVERING
+
+
+def test_a_node_whose_disk_was_full_is_avoided_while_another_is_free() -> None:
+    bench = Bench()
+    bench.running("a")
+    full = Fault(Reason.DISK_FULL, Blame.NODE, "no space left", "free some space", retryable=True)
+    bench.fail(0, fault=full)
+    bench.connect("b")
+    bench.wait(TIMING.backoff_s(0) + 1.0, heard=("a", "b"))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["b"]
+
+
+def test_what_used_up_the_retries_keeps_its_advice() -> None:
+    bench = Bench()
+    bench.running("a")
+    full = Fault(Reason.DISK_FULL, Blame.NODE, "no space left", "free some space", retryable=True)
+    for tries in range(TIMING.retries + 1):
+        bench.fail(0, fault=full)
+        bench.wait(TIMING.backoff_s(tries) + 1.0, heard=("a",))
+    assert (bench.job().state, bench.job().reason) == (JobState.FAILED, Reason.RETRIES_EXHAUSTED)
+    assert bench.job().hint == "free some space"
 
 
 # ---- fences

@@ -29,7 +29,14 @@ def test_every_state_a_job_passed_through_is_written_down_in_order() -> None:
         await made.check()
         payloads = [json.loads(event.payload_json) for event in await made.store.events(job_id=JOB, kinds=["job"])]
         states = [payload["state"] for payload in payloads]
-        assert list(dict.fromkeys(states)) == ["PLANNING", "QUEUED", "STARTING", "RUNNING", "SUCCEEDED"]
+        assert list(dict.fromkeys(states)) == [
+            "SUBMITTED",
+            "PLANNING",
+            "QUEUED",
+            "STARTING",
+            "RUNNING",
+            "SUCCEEDED",
+        ]
         record = await made.store.job(JOB)
         assert record is not None
         assert (record.exit_code, record.step, record.samples) == (0, 10, 320)

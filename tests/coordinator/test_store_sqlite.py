@@ -23,12 +23,12 @@ from coordinator.store.chain import Head
 from coordinator.store.engine import open_engines
 from coordinator.store.home_lock import HomeLock
 from coordinator.store.protocol import Accept, AppendEvent, PutJob, SetMeta
-from coordinator.store.reserve import Reserve
 from coordinator.store.schema import metadata
 from coordinator.store.sqlite import DATABASE, SqliteStore
 from coordinator.store.writer import Writer
 from protos.errors import Conflict, ErrorCode, Exhausted, HiveError
 from protos.ids import JobId, NodeId
+from protos.reserve import Reserve
 from protos.states import JobState, Reason
 
 JOB = Job(JobId("j-1"), "digits", "ada", JobState.SUBMITTED, Reason.NONE, b"{}", 1.0, 1.0)

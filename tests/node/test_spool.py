@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -215,3 +217,30 @@ class Deliveries(RuleBasedStateMachine):
 
 TestDeliveries = Deliveries.TestCase
 TestDeliveries.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+def test_a_report_finds_room_on_a_full_disk_and_a_torn_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The size limit of the process stands for the disk: a write over it is cut short, or refused."""
+    script = f"""
+import errno, resource, signal
+from pathlib import Path
+from node.spool import Spool
+from protos.gen import membership_pb2 as pb
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path({str(tmp_path)!r})
+spool = Spool(folder)
+log = pb.Durable(job_id="j", logs={{"lines": ["x" * 1000]}})
+spool.append(log)
+size = (folder / "spool").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
+try:
+    spool.append(pb.Durable(job_id="j", logs={{"lines": ["y" * 1000]}}))
+except OSError as error:
+    assert error.errno in (errno.EFBIG, errno.ENOSPC), error
+else:
+    raise SystemExit("written over the limit")
+assert (folder / "spool").stat().st_size == size
+print([message.seq for message in Spool(folder).waiting()])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[1]"), done.stderr
