@@ -15,6 +15,7 @@ from protos.errors import DeadlineExceeded, ErrorCode, Exhausted, HiveError
 from protos.ids import Fence, JobId
 
 _KEYLESS = frozenset({"check", "wait", "num_keys"})
+_ANSWERS_KEPT = 10_000  # far more than can be under way at once
 _NOT_IDEMPOTENT = frozenset({"add", "compare_set", "delete_key"})
 
 
@@ -24,6 +25,7 @@ class _Space:
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     closed: bool = False
     answered: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    bytes: int = 0  # of all values
 
 
 class Rendezvous:
@@ -68,6 +70,8 @@ class Rendezvous:
             answer = await self._perform(space, operation, keys, value, expected, amount, timeout_s)
         if request and operation in _NOT_IDEMPOTENT:
             space.answered[request] = answer
+            if len(space.answered) > _ANSWERS_KEPT:
+                del space.answered[next(iter(space.answered))]
         return answer
 
     async def _perform(
@@ -106,7 +110,9 @@ class Rendezvous:
                     return value, 0
                 return current if current is not None else expected, 0
             case "delete_key":
-                return b"", int(space.values.pop(key, None) is not None)
+                gone = space.values.pop(key, None)
+                space.bytes -= len(gone or b"")
+                return b"", int(gone is not None)
             case "num_keys":
                 return b"", len(space.values)
             case _:
@@ -118,7 +124,10 @@ class Rendezvous:
             raise Exhausted("a rendezvous value is over its limit", "this is a bug in a strategy: report it")
         if key not in space.values and len(space.values) >= limits.MAX_STORE_KEYS:
             raise Exhausted("a rendezvous store has too many keys", "this is a bug in a strategy: report it")
-        space.values[key] = value
+        grown = space.bytes + len(value) - len(space.values.get(key, b""))
+        if grown > limits.MAX_STORE_BYTES:
+            raise Exhausted("a rendezvous store holds too much", "this is a bug in a strategy: report it")
+        space.values[key], space.bytes = value, grown
         space.changed.notify_all()
 
     @staticmethod

@@ -18,9 +18,18 @@ from protos.version import SCHEMA
 _WITHOUT_A_MESSAGE = {JobState.QUEUED: "waits for its turn", JobState.RUNNING: "training"}
 
 
+STILL_S = 30.0
+
+
 def sentence(record: Job) -> str:
     """Where a job stands, in words."""
     return record.message or _WITHOUT_A_MESSAGE.get(record.state, "")
+
+
+def _stillness(record: Job, now_s: float) -> str:
+    """Training that hangs shows itself: the record of a running job changes with every progress."""
+    still_s = now_s - record.updated_s
+    return f"; no new step for {still_s:.0f} s" if record.state is JobState.RUNNING and still_s > STILL_S else ""
 
 
 def document(**content: Any) -> bytes:
@@ -107,7 +116,7 @@ def job(
         "seconds": seconds,
         "metrics": metrics,
         "artifacts": result.get("artifacts", []),
-        "message": sentence(record),
+        "message": sentence(record) + _stillness(record, now_s),
         "hint": record.hint,
         "blame": record.blame.value if record.blame else None,
         "exit_code": record.exit_code,

@@ -36,6 +36,8 @@ from protos.work import Checkpoint, Outcome, Progress, Task
 log = Log("hive.node.attempt")
 T = TypeVar("T")
 
+# Code that hangs does not hear a stop. A held state takes time to write, a cancelled job has nothing to save.
+_GRACE_S = {StopMode.CANCEL: 2.0, StopMode.HOLD: 15.0, StopMode.PAUSE: 15.0}
 _DRAIN_UPLOAD_S = 60.0
 
 
@@ -145,7 +147,7 @@ class Attempt:
             self._listener.unable(CannotWork.of(error))
             raise
         if (mode := self._stop_mode()) is not None:  # it came while the worker was being started
-            await self._handle.stop(mode)
+            await self._handle.stop(mode, _GRACE_S[mode])
         report = await self._exit
         outcome = report.final_outcome()
         if outcome.usage is not None:
@@ -197,7 +199,7 @@ class Attempt:
         if self._phase is not None and mode in self._breaks:
             self._phase.cancel()
         if self._handle is not None:
-            await self._handle.stop(mode)
+            await self._handle.stop(mode, _GRACE_S[mode])
 
     # ---- WorkerHandler
 

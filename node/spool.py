@@ -16,7 +16,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from protos.gen import membership_pb2 as pb
-from protos.ids import JobId, new_spool_id
+from protos.ids import new_spool_id
 from protos.log import Log
 from protos.reserve import Reserve
 
@@ -117,14 +117,6 @@ class Spool:
     def reports(self) -> list[pb.Durable]:
         """Final reports that wait for their acknowledgement, for example of an earlier life of this daemon."""
         return [m for m in self._waiting if m.WhichOneof("body") == "report" and m.report.outcome_json]
-
-    def forget_job_output(self, job_id: JobId) -> None:
-        """Nothing more is wanted of a job's output and progress."""
-        kept = [
-            message for message in self._waiting if message.job_id != job_id or message.WhichOneof("body") in _SYNCED
-        ]
-        self._waiting = deque(kept)
-        self._log_bytes = sum(_output_bytes(message) for message in kept)
 
     def close(self) -> None:
         self._file.close()

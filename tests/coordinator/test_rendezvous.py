@@ -186,3 +186,19 @@ def test_an_operation_nobody_knows_is_refused(stores: Rendezvous, operation: str
 def test_an_operation_without_its_key_is_refused(stores: Rendezvous, operation: str) -> None:
     with pytest.raises(HiveError, match="without a key"):
         asyncio.run(Client(stores)(operation))
+
+
+def test_a_generation_holds_so_many_bytes_and_no_more_until_some_are_deleted(stores: Rendezvous) -> None:
+    async def run() -> None:
+        call = Client(stores)
+        value = b"x" * limits.MAX_STORE_VALUE_BYTES
+        whole = limits.MAX_STORE_BYTES // limits.MAX_STORE_VALUE_BYTES
+        for number in range(whole):
+            await call("set", f"k{number}", value=value)
+        await call("set", "k0", value=value)  # in its own place
+        with pytest.raises(Exhausted):
+            await call("set", "one more", value=b"x")
+        await call("delete_key", "k0")
+        await call("set", "one more", value=value)
+
+    asyncio.run(run())

@@ -96,6 +96,15 @@ def test_running_and_queued_jobs_are_paused_resumed_and_cancelled(made: Cluster)
     until(lambda: {n["activity"] for n in made.show_nodes()} == {"IDLE"}, "the nodes are free again")
 
 
+def test_a_cancelled_job_whose_code_hangs_frees_its_nodes(made: Cluster) -> None:
+    job_id = made.submit(JOBS / "long.yaml", "model.source=model.py:sleeps", "strategy=single_node")
+    made.wait_step(job_id, 1)
+    made.hive("cancel", job_id)
+    assert made.wait(job_id)["state"] == "CANCELLED"
+    until(lambda: not made.worker_pids("n0") + made.worker_pids("n1"), "the hanging worker is gone", 20)
+    assert made.wait(made.submit(JOBS / "mlp.yaml"))["state"] == "SUCCEEDED"
+
+
 def test_a_pause_and_a_restart_of_the_coordinator_leave_no_trace_in_the_losses(made: Cluster) -> None:
     straight = made.submit(JOBS / "long.yaml", f"train.steps={STEPS}")
     broken = made.submit(JOBS / "long.yaml", f"train.steps={STEPS}")

@@ -145,14 +145,6 @@ def test_a_long_absence_does_not_grow_the_file_for_ever(tmp_path: Path, monkeypa
     assert numbers(again) == [101]
 
 
-def test_nothing_more_is_wanted_of_a_job_but_its_reports(tmp_path: Path) -> None:
-    spool = Spool(tmp_path)
-    for message in (output(), report(), progress(), output(job="j-2")):
-        spool.append(message)
-    spool.forget_job_output(spool.waiting()[0].job_id)  # type: ignore[arg-type]
-    assert [(m.job_id, m.WhichOneof("body")) for m in spool.waiting()] == [("j-1", "report"), ("j-2", "logs")]
-
-
 def test_a_lost_name_begins_a_new_series(tmp_path: Path) -> None:
     """Under the old numbers the coordinator would take new messages for repetitions."""
     first = Spool(tmp_path)

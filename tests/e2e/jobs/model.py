@@ -1,3 +1,5 @@
+import time
+
 import torch
 from torch import nn
 
@@ -68,3 +70,22 @@ def trips() -> nn.Module:
 
 def pair() -> nn.Module:
     return nn.Linear(2, 2)
+
+
+class Sleeps(nn.Module):
+    """Hangs in its third step: a loop without an end in somebody's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.steps += self.training
+        if self.steps > 2:
+            time.sleep(100_000)
+        return self.layer(x)
+
+
+def sleeps() -> nn.Module:
+    return Sleeps()
