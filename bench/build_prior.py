@@ -27,8 +27,9 @@ from qtable.prior import load_prior, prior_document
 from qtable.reward import LIMIT
 from qtable.state import ACTIONS, SHAPE, Observation, StateKey
 from qtable.table import Array
-from strategies.base import Inputs, registry
+from strategies.base import Inputs
 from strategies.cost import COST_MODEL_VERSION
+from strategies.registry import BUILT
 
 SEED = 20240229
 WORLDS = 24
@@ -65,7 +66,7 @@ def _world(key: StateKey, rng: random.Random) -> dict[str, float]:
         raise AssertionError(f"the world is not of the cell {key}")
     cluster = ClusterView(nodes)
     inputs = Inputs(_job(rng), _profile(parameters, rng), DataProfile("", rows, rows * 1000), cluster)
-    strategies = {name: s for name, s in registry().items() if not s.feasible(inputs)}
+    strategies = {name: s for name, s in BUILT.items() if not s.feasible(inputs)}
     seconds = {name.value: strategy.estimate(inputs).cost.seconds for name, strategy in strategies.items()}
     best_s = min(seconds.values(), default=1.0)
     return {action: max(-LIMIT, math.log(best_s / value)) for action, value in seconds.items()}
