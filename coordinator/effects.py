@@ -67,12 +67,15 @@ class Effects:
         self._folders = folders
         self._blobs = blobs
         self._tasks = tasks
+        self._identifying: dict[JobId, asyncio.Task[None]] = {}
         self._tracebacks: dict[JobId, tuple[str, ...]] = {}  # of models that failed to build, until their job's end
 
     def perform(self, effect: e.Effect) -> None:
         match effect:
             case e.Identify(job_id):
-                self._background(self._identify(job_id))
+                self._begin_identifying(job_id)
+            case e.StopIdentifying(job_id):
+                self._stop_identifying(job_id)
             case e.Offer():
                 self._offer(effect)
             case e.Stop(node_id, job_id, fence, mode, reason):
@@ -81,10 +84,28 @@ class Effects:
             case e.CloseRendezvous(job_id, fence):
                 self._background(self._rendezvous.close(job_id, fence))
             case e.Finish(job_id):
+                self._stop_identifying(job_id)
                 self._background(self._finish(job_id))
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.create_task(self._guarded(work))
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._tasks.create_task(self._guarded(work))
+
+    def _begin_identifying(self, job_id: JobId) -> None:
+        """Once at a time for a job: asked again while it is under way, it goes on."""
+        if job_id in self._identifying:
+            return
+        task = self._identifying[job_id] = self._background(self._identify(job_id))
+
+        def over(task: asyncio.Task[None]) -> None:
+            if self._identifying.get(job_id) is task:
+                del self._identifying[job_id]
+
+        task.add_done_callback(over)
+
+    def _stop_identifying(self, job_id: JobId) -> None:
+        task = self._identifying.pop(job_id, None)
+        if task is not None:
+            task.cancel()
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -109,6 +130,7 @@ class Effects:
         except Refusal as refusal:
             blame = refusal.blame or Blame.USER_CODE
             self._tracebacks[job_id] = refusal.details
+            await asyncio.to_thread(self._folders.append_log, job_id, 0, refusal.details)
             await controller.post(e.Refused(job_id, refusal.reason, blame, refusal.message, refusal.hint))
         except HiveError as error:
             await controller.post(e.IdentificationDelayed(job_id, error.message))

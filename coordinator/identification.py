@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -20,10 +21,13 @@ from protos.ids import Digest, JobId, NodeId
 from protos.jobspec import entry_point
 from protos.plan import Identification
 from protos.states import Reason
-from protos.work import Outcome, TaskKind
+from protos.work import Fault, TaskKind
 
 _REMEMBERED = 256
-_DEADLINE_S = 150.0  # a node may have to import torch and fetch the data first
+BUILD_S = 60.0  # for the user's own code: importing it, opening the data, building the model
+_READ_BYTES_PER_S = 20e6  # so much longer for data that must be read
+_BEFORE_S = 90.0  # a node may have to import torch, fetch the data and let others go first
+_OVERRUNS = 2  # of the same model, on nodes that were busy with other work too
 
 
 class Refusal(SpecError):
@@ -35,8 +39,12 @@ class Refusal(SpecError):
 
 
 class Identifier:
-    def __init__(self, sessions: Sessions, blob: Callable[[Digest], Path]) -> None:
+    """`build_s`: how long the user's code may take on a node before it counts as hanging."""
+
+    def __init__(self, sessions: Sessions, blob: Callable[[Digest], Path], build_s: float = BUILD_S) -> None:
         self._sessions = sessions
+        self._build_s = build_s
+        self._overruns: OrderedDict[str, int] = OrderedDict()
         self._blob = blob
         self._known: OrderedDict[str, Identification] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -55,8 +63,8 @@ class Identifier:
     async def identify(
         self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str = "no node has joined"
     ) -> Identification:
-        """Ask the nodes in turn. Raises Refusal for what the user must change, Unreachable when no node could say;
-        `nobody` is why there is none to ask."""
+        """Ask the nodes in turn, the least asked first. Raises Refusal for what the user must change, Unreachable when
+        no node could say; `nobody` is why there is none to ask."""
         key = submission.key
         turn = self._turns.setdefault(key, asyncio.Lock())
         async with turn:  # many jobs of one sweep: the first asks, the others wait for its answer
@@ -68,11 +76,16 @@ class Identifier:
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
-        task = submission.task(TaskKind.IDENTIFY, job_id)
+        data = (each.bytes for each in (submission.data, submission.test) if each is not None)
+        build_s = self._build_s + sum(data) / _READ_BYTES_PER_S
+        task = replace(submission.task(TaskKind.IDENTIFY, job_id), deadline_s=build_s)
         trouble = nobody
-        for node_id in nodes:
+        left = list(nodes)
+        while left:
+            node_id = min(left, key=self._sessions.open_tasks)  # of equal ones the first
+            left.remove(node_id)
             try:
-                outcome = await self._sessions.run_task(node_id, task, _DEADLINE_S)
+                outcome = await self._sessions.run_task(node_id, task, _BEFORE_S + build_s)
             except HiveError as error:
                 trouble = error.message
                 continue
@@ -80,16 +93,26 @@ class Identifier:
                 found = _understood(outcome.document)
                 self._remember(key, found)
                 return found
-            if outcome.fault is not None and not outcome.fault.retryable:
-                raise _refusal(outcome)
+            if outcome.fault is not None and (not outcome.fault.retryable or self._again(key, outcome.fault)):
+                raise _refusal(_the_models_doing(outcome.fault))
             trouble = outcome.fault.message if outcome.fault else "the node answered nothing"
         raise Unreachable(
             f"the model cannot be identified yet: {trouble}",
             "start a node with hive-node start --token TOKEN (hive token create prints the command)",
         )
 
+    def _again(self, key: str, fault: Fault) -> bool:
+        """It overran its time, or its worker died, again: once may be the machine's doing."""
+        if fault.reason not in (Reason.MODEL_UNUSABLE, Reason.NODE_LOST):
+            return False
+        self._overruns[key] = self._overruns.pop(key, 0) + 1
+        while len(self._overruns) > _REMEMBERED:
+            self._overruns.popitem(last=False)
+        return self._overruns[key] >= _OVERRUNS
+
     def _remember(self, key: str, found: Identification) -> None:
         self._known[key] = found
+        self._overruns.pop(key, None)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
 
@@ -101,9 +124,14 @@ def _understood(document: str) -> Identification:
         raise Refusal(Reason.MODEL_UNUSABLE, Blame.COORDINATOR, error) from None
 
 
-def _refusal(outcome: Outcome) -> Refusal:
-    fault = outcome.fault
-    assert fault is not None  # the caller looked
+def _the_models_doing(fault: Fault) -> Fault:
+    if fault.reason is not Reason.NODE_LOST:
+        return fault
+    message = f"the worker that built the model or read the data died, each time: {fault.message}"
+    return replace(fault, reason=Reason.MODEL_UNUSABLE, blame=Blame.USER_CODE, message=message)
+
+
+def _refusal(fault: Fault) -> Refusal:
     code = {
         Reason.DATA_UNUSABLE: ErrorCode.DATA_UNUSABLE,
         Reason.MODEL_UNUSABLE: ErrorCode.MODEL_UNUSABLE,

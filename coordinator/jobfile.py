@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,26 @@ from protos.jobspec import JobSpec, parse
 def read_job(path: Path, overrides: Iterable[str] = ()) -> JobSpec:
     """The job file with `key.path=value` overrides (values are YAML). Raises SpecError or NotFound."""
     try:
-        text = path.read_text()
+        text = _text(path)
     except FileNotFoundError:
         raise NotFound(f"there is no job file {path}", "give the path of a YAML file; see examples/digits") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"the job file {path} cannot be read: {error}", "give a text file") from None
-    if len(text.encode()) > limits.MAX_JOB_SPEC_BYTES:
-        raise SpecError(f"the job file is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
     document = _yaml(text, f"the job file {path}")
     for override in overrides:
         document = overridden(document, override)
     return parse(document)
+
+
+def _text(path: Path) -> str:
+    """Never reads without an end: devices and pipes are refused before they are opened."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise SpecError(f"the job file {path} is not a file", "give the path of a YAML file; see examples/digits")
+    with path.open("rb") as file:
+        content = file.read(limits.MAX_JOB_SPEC_BYTES + 1)
+    if len(content) > limits.MAX_JOB_SPEC_BYTES:
+        raise SpecError(f"the job file is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
+    return content.decode()
 
 
 def overridden(document: Any, override: str) -> Any:

@@ -7,11 +7,13 @@ Other jobs' output wakes all followers, so what a wake costs is one look at a fi
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from coordinator.job_folder import JobFolders
+from coordinator.records import Job
 from coordinator.store.protocol import Store
 from protos import limits
 from protos.errors import NotFound
@@ -38,6 +40,7 @@ async def follow_logs(
             if job is None:
                 raise NotFound(f"no job {job_id}", "hive ps --all lists all jobs")
             ended, state = job.state in TERMINAL_JOB_STATES, job.state.value
+            _check_rank(job, rank, path, ended or not follow)
         while _size(path) > position and (text := await asyncio.to_thread(_read, path, position)):
             position += len(text)
             yield jobs_pb2.LogChunk(text=text, end_bytes=position, state=state)
@@ -49,6 +52,16 @@ async def follow_logs(
                 await changed.wait()
         except TimeoutError:
             continue
+
+
+def _check_rank(job: Job, rank: int, path: Path, final: bool) -> None:
+    """A rank that printed is there, and one of the plan; before there is a plan, a follower of any rank waits."""
+    planned = len(json.loads(job.plan_json)["subtasks"]) if job.plan_json else 0
+    if rank < max(planned, 1) or path.exists() or not (planned or final):
+        return
+    printed = {int(found.stem.removeprefix("rank-")) for found in path.parent.glob("rank-*.log")}
+    there = sorted(printed | set(range(max(planned, 1))))
+    raise NotFound(f"job {job.job_id} has no rank {rank}", f"its ranks are {', '.join(map(str, there))}")
 
 
 def _size(path: Path) -> int:

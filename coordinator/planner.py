@@ -233,6 +233,8 @@ def _hint(considered: Consideration, reasons: dict[str, str]) -> str:
         return "convert the model as the reason says; hive plan shows what hive sees in it"
     if not inputs.cluster.nodes:
         return "start hive-node on a machine: hive token create prints the command to type there"
+    if inputs.spec.nodes.require.gpu and not any(node.capacity.gpus for node in inputs.cluster.nodes):
+        return "no node lends a GPU (hive nodes): start hive-node on a machine with one, or drop nodes.require.gpu"
     if not inputs.eligible:
         return "hive nodes shows each node's state; hive-node resume and hive node uncordon bring one back"
     if any("--trusted-lan" in why for why in reasons.values()):

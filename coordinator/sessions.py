@@ -102,6 +102,11 @@ class Sessions(Mapping[NodeId, Session]):
         session.send(message)
         return True
 
+    def open_tasks(self, node_id: NodeId) -> int:
+        """How many tasks a node was asked for and has not answered."""
+        session = self._sessions.get(node_id)
+        return len(session.tasks) if session else 0
+
     async def run_task(self, node_id: NodeId, task: Task, deadline_s: float) -> Outcome:
         """A short task outside any job's group. Raises Unreachable when the node goes away, DeadlineExceeded."""
         session = self._sessions.get(node_id)
@@ -124,6 +129,8 @@ class Sessions(Mapping[NodeId, Session]):
             ) from None
         finally:
             session.tasks.pop(number, None)
+            if answer.cancelled():  # late, or the caller no longer wants it: the node need not go on
+                session.send(pb.CoordinatorMessage(task_cancel=work_pb2.TaskCancel(call_id=number)))
 
     async def who_sees(self, node_id: NodeId, manifest: Manifest, deadline_s: float) -> frozenset[str]:
         """The digests of files that a node has itself, in its cache or at the path they came from."""

@@ -41,6 +41,8 @@ def show(sources: bool, home: str | None, as_json: bool) -> None:
             document["sources"] = dict(loaded.sources)
         write_document(document)
         return
+    if sources:
+        say("what a start here and now would use; a running daemon may have been started with other flags")
     rows = [
         [key, _text(value), *([loaded.sources.get(key, "default")] if sources else [])] for key, value in values.items()
     ]

@@ -234,6 +234,7 @@ class Daemon:
 
     def _connected(self) -> None:
         self._identity.connected()
+        self._errands.cancel_all()  # asked on an older stream: nobody waits for the answers
         self._store_calls.connected()
         log.info("connected")
 
@@ -264,7 +265,10 @@ class Daemon:
             case "store_reply":
                 self._store_calls.answered(message.store_reply)
             case "task_request":
-                self._background(self._errand(message.task_request))
+                errand = self._background(self._errand(message.task_request))
+                self._errands.asked(message.task_request.call_id, errand)
+            case "task_cancel":
+                self._errands.cancel(message.task_cancel.call_id)
             case "file_question":
                 self._background(self._answer_files(message.file_question))
             case "drain":
@@ -348,11 +352,12 @@ class Daemon:
         attempt = self._attempts[key] = Attempt(task, place, self._tools, listener)
         self._background(attempt.run())
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None  # nothing is asked before run
         task = self._tasks.create_task(_guarded(work))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
+        return task
 
     def _judge(self, why: str) -> None:
         """Workers do not start here (why), or do again (empty). The owner's own pause stays as it is."""

@@ -19,7 +19,10 @@ from typing import Any
 import click
 
 from protos.errors import EXIT_DETACHED, ErrorCode, HiveError
+from protos.printable import printable, without_sequences
 from protos.version import SCHEMA, SOFTWARE
+
+_LAYOUT = "\n\t"
 
 
 class LazyGroup(click.Group):
@@ -129,11 +132,11 @@ def show_error(error: HiveError, as_json: bool) -> int:
     if as_json:
         write_document({"error": error.document()})
     else:
-        click.echo(f"{paint('error:', 'red', sys.stderr)} {error.message}", err=True)
+        click.echo(f"{paint('error:', 'red', sys.stderr)} {printable(error.message, _LAYOUT)}", err=True)
         for line in error.details:
-            click.echo(f"    {line}", err=True)
+            click.echo(f"    {printable(line, _LAYOUT)}", err=True)
         if error.hint:
-            click.echo(f"  {paint('hint:', 'yellow', sys.stderr)} {error.hint}", err=True)
+            click.echo(f"  {paint('hint:', 'yellow', sys.stderr)} {printable(error.hint, _LAYOUT)}", err=True)
     return error.exit_code
 
 
@@ -167,7 +170,13 @@ def _finite(value: Any) -> Any:
 
 def say(sentence: str) -> None:
     """Prose for a person: stderr, so that it never mixes with data."""
-    click.echo(sentence, err=True)
+    click.echo(printable(sentence, _LAYOUT), err=True)
+
+
+def show_output(text: str, stream: Any) -> None:
+    """What a program of others printed, as it was; to a terminal without what a terminal would obey."""
+    on_terminal = stream.isatty()
+    click.echo(without_sequences(text) if on_terminal else text, file=stream, nl=False, color=not on_terminal)
 
 
 def paint(text: str, colour: str, stream: Any = None) -> str:
@@ -180,7 +189,7 @@ def paint(text: str, colour: str, stream: Any = None) -> str:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns; numbers (as text that starts with a digit) to the right, None as a dash."""
-    cells = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
+    cells = [["-" if cell is None or cell == "" else printable(str(cell)) for cell in row] for row in rows]
     columns = [[header, *(row[index] for row in cells)] for index, header in enumerate(headers)]
     widths = [max(len(cell) for cell in column) for column in columns]
     numeric = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) and bool(cells) for column in columns]

@@ -10,8 +10,6 @@ from typing import NewType
 
 NodeId = NewType("NodeId", str)
 JobId = NewType("JobId", str)
-SubtaskId = NewType("SubtaskId", str)
-AttemptId = NewType("AttemptId", str)
 PlanId = NewType("PlanId", str)
 Fence = NewType("Fence", int)
 Digest = NewType("Digest", str)
@@ -40,11 +38,3 @@ def new_token_id() -> str:
 def new_spool_id() -> str:
     """One per start of a node daemon: names the numbered series of messages it must have acknowledged."""
     return _random("s")
-
-
-def subtask_id(job_id: JobId, rank: int) -> SubtaskId:
-    return SubtaskId(f"{job_id}/{rank}")
-
-
-def attempt_id(job_id: JobId, fence: Fence, rank: int) -> AttemptId:
-    return AttemptId(f"{job_id}/{fence}/{rank}")

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from protos import limits
 from protos.errors import ErrorCode, SpecError
+from protos.optimizer_keywords import number_in, problem_of
+from protos.printable import printable
 
 
 class StrategyName(StrEnum):
@@ -44,8 +46,14 @@ def entry_point(source: str) -> tuple[str, str] | None:
     return (found["file"], found["name"]) if found else None
 
 
+# Every number has a bound: what comes later (torch, a database, a float) need not say what it cannot hold.
+_Count = Annotated[int, Field(gt=0, le=limits.MAX_COUNT)]
+_Bytes = Annotated[int, Field(gt=0, le=limits.MAX_INT64)]
+_Rate = Annotated[float, Field(gt=0, le=limits.MAX_RATE)]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Part):
@@ -63,7 +71,7 @@ class DataSpec(_Part):
     test: str | None = None
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None  # last rows of the source, when there is no test
     args: dict[str, Any] = Field(default_factory=dict)  # for data.py:fn and builtin:
-    sequence_length: Annotated[int, Field(gt=0)] | None = None  # text
+    sequence_length: _Count | None = None  # text
 
 
 class OptimizerSpec(_Part):
@@ -71,20 +79,34 @@ class OptimizerSpec(_Part):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: _Rate = 1e-3
 
     @field_validator("name")
     @classmethod
     def _built(cls, name: str) -> str:
         return _one_of(name, BUILT_OPTIMIZERS, "optimizer")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, document: object) -> object:
+        """YAML 1.1 reads 1e-3 as text: what is written like a number is one, as it already is for lr."""
+        if not isinstance(document, dict):
+            return document
+        return {key: value if key == "name" else number_in(value) for key, value in document.items()}
+
+    @model_validator(mode="after")
+    def _keywords(self) -> OptimizerSpec:
+        if problem := problem_of(self.name, self.model_extra or {}):
+            raise ValueError(problem)
+        return self
+
 
 class ScheduleSpec(_Part):
     name: str = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    minimum_lr: Annotated[float, Field(ge=0)] = 0.0
-    every_steps: Annotated[int, Field(gt=0)] | None = None  # step: multiply by factor every so many steps
-    factor: Annotated[float, Field(gt=0)] = 0.1
+    warmup_steps: Annotated[int, Field(ge=0, le=limits.MAX_COUNT)] = 0
+    minimum_lr: Annotated[float, Field(ge=0, le=limits.MAX_RATE)] = 0.0
+    every_steps: _Count | None = None  # step: multiply by factor every so many steps
+    factor: _Rate = 0.1
 
     @field_validator("name")
     @classmethod
@@ -95,16 +117,16 @@ class ScheduleSpec(_Part):
 class TrainSpec(_Part):
     loss: str = "cross_entropy"
     optimizer: OptimizerSpec = OptimizerSpec()
-    batch_size: Annotated[int, Field(gt=0)] = 32
-    epochs: Annotated[int, Field(gt=0)] | None = None
-    steps: Annotated[int, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: _Count = 32
+    epochs: _Count | None = None
+    steps: _Count | None = None
+    seed: Annotated[int, Field(ge=0, le=limits.MAX_INT64)] = 0
     shuffle: bool = True
     precision: str = "fp32"
-    accumulate: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: _Count | Literal["auto"] = "auto"
+    clip_norm: _Rate | None = None
     schedule: ScheduleSpec = ScheduleSpec()
-    evaluate_every: Annotated[int, Field(gt=0)] | Literal["epoch", "end", "never"] = "epoch"
+    evaluate_every: _Count | Literal["epoch", "end", "never"] = "epoch"
 
     @field_validator("loss")
     @classmethod
@@ -142,12 +164,12 @@ class SyncSpec(_Part):
 
 class RequireSpec(_Part):
     gpu: bool = False
-    memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    memory_bytes: _Bytes | None = None
     names: list[str] = Field(default_factory=list)
 
 
 class NodesSpec(_Part):
-    min: Annotated[int, Field(gt=0)] = 1
+    min: Annotated[int, Field(gt=0, le=limits.MAX_NODES_PER_JOB)] = 1
     max: Annotated[int, Field(gt=0, le=limits.MAX_NODES_PER_JOB)] = 8
     require: RequireSpec = RequireSpec()
 
@@ -159,7 +181,7 @@ class NodesSpec(_Part):
 
 
 class CheckpointSpec(_Part):
-    every_s: Annotated[float, Field(gt=0)] = 60.0
+    every_s: Annotated[float, Field(gt=0, le=limits.MAX_CHECKPOINT_S)] = 60.0
     keep: Annotated[int, Field(gt=0, le=10)] = 2
 
 
@@ -172,6 +194,13 @@ class JobSpec(_Part):
     sync: SyncSpec = SyncSpec()
     nodes: NodesSpec = NodesSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _shown(cls, name: str) -> str:
+        if printable(name) != name:
+            raise ValueError(f"{name!r} holds characters that cannot be shown, such as control characters")
+        return name
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -195,7 +224,7 @@ def _one_of(value: str, built: tuple[str, ...], what: str, *also: str) -> str:
     if value in built:
         return value
     near = difflib.get_close_matches(value, built, 1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
+    meant = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"{what} {value!r} is not built{meant} What works: {', '.join((*built, *also))}")
 
 
@@ -206,8 +235,7 @@ def parse(document: object) -> JobSpec:
     try:
         return JobSpec.model_validate(document)
     except ValidationError as error:
-        problems = [_sentence(problem) for problem in error.errors()]
-        raise SpecError("; ".join(problems[:5]), "fix the job file; nothing was submitted") from None
+        raise SpecError("; ".join(_sentences(error.errors())[:5]), "fix the job file; nothing was submitted") from None
 
 
 def parse_text(text: str) -> JobSpec:
@@ -244,29 +272,54 @@ def dump(spec: JobSpec) -> str:
     return json.dumps(spec.model_dump(mode="json"), sort_keys=True)
 
 
-def _sentence(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    path = ".".join(location) or "job"
+def _sentences(problems: list[Any]) -> list[str]:
+    """One per field: each kind of value that a field may have has a complaint of its own."""
+    said: dict[str, list[str]] = {}
+    for problem in problems:
+        location = _field(problem["loc"])
+        path = printable(".".join(location)) or "job"
+        message = _message(problem, location)
+        before = said.setdefault(path, [])
+        before.append(message.removeprefix("Input should be ") if before else message)
+    return [f"{path}: {', or '.join(messages)}" for path, messages in said.items()]
+
+
+def _message(problem: Any, location: list[str]) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _keys_beside(location), 1)
-        return f"{path}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "missing":
-        return f"{path}: missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{path}: {message}"
+        return "missing"
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _field(location: tuple[str | int, ...]) -> list[str]:
+    """The path as the job file has it: pydantic adds the name of each kind of value that a field may have."""
+    model: type[BaseModel] | None = JobSpec
+    for depth, part in enumerate(location):
+        field = model.model_fields.get(str(part)) if model is not None else None
+        if field is None:
+            break
+        model = _nested(field.annotation)
+        if model is None:
+            place = [part for part in location[depth + 1 :] if isinstance(part, int)]  # in a list
+            return [str(part) for part in (*location[: depth + 1], *place)]
+    return [str(part) for part in location]
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
 
 
 def _keys_beside(location: list[str]) -> list[str]:
     model: type[BaseModel] = JobSpec
     for part in location[:-1]:
         field = model.model_fields.get(part)
-        if field is None:
+        nested = _nested(field.annotation) if field is not None else None
+        if nested is None:
             return []
-        kinds = [field.annotation, *get_args(field.annotation)]
-        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
+        model = nested
     return list(model.model_fields)
 
 

@@ -14,6 +14,10 @@ MAX_STORE_KEYS = 10_000
 MAX_STORE_BYTES = 64 * 1024 * 1024  # of all values of one generation
 MAX_NODES_PER_JOB = 64
 MAX_NAME_CHARACTERS = 100
+MAX_INT64 = 2**63 - 1
+MAX_COUNT = 2**31 - 1  # of steps, epochs, rows of a batch
+MAX_RATE = 1e30  # a learning rate that is still a number of float32 beside the weights
+MAX_CHECKPOINT_S = 365 * 86400.0
 
 DEFAULT_ENROLMENT_PORT = 7700
 DEFAULT_SESSION_PORT = 7701

@@ -48,7 +48,7 @@ class Task:
     network: str = ""  # what the group binds to
     compression: str = "none"
     collective_timeout_s: float = 20.0
-    deadline_s: float = 120.0  # offered -> ready
+    deadline_s: float = 120.0  # offered -> ready; of an identify task: worker started -> its answer
     code: Manifest | None = None
     data: Manifest | None = None
     test: Manifest | None = None

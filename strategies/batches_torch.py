@@ -102,13 +102,16 @@ class BatchSource:
             self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
         return batch
 
-    @property
-    def reads_ahead(self) -> bool:
-        return self._reader is not None
+    def global_rows(self, step: int) -> Array:
+        """The rows of the whole batch of a step, of all ranks."""
+        epoch, position = divmod(step, self._steps_per_epoch)
+        order = epoch_order(self._dataset, self._slicing.seed, epoch, self._slicing.shuffle)
+        return order.batch(position, self._slicing.batch_size)
 
-    def close(self) -> None:
+    def close(self, wait: bool = False) -> None:
+        """`wait`: until nobody reads the dataset any more."""
         if self._reader is not None:
-            self._reader.shutdown(wait=False, cancel_futures=True)
+            self._reader.shutdown(wait=wait, cancel_futures=True)
 
     def _watch(self, started: float) -> None:
         """Turns reading ahead on when the median read is slow, in itself and beside the median step."""

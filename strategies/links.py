@@ -48,12 +48,6 @@ def link_between(cluster: ClusterView, a: NodeView, b: NodeView) -> Link:
     return Link(max(rtts, default=LAN_RTT_S), max(1.0, min([*(rates or [LAN_BYTES_PER_S]), *caps])))
 
 
-def worst_link(cluster: ClusterView, nodes: Sequence[NodeView]) -> Link:
-    """Highest round trip and lowest bandwidth of all pairs: what bounds a ring."""
-    links = [link_between(cluster, a, b) for a, b in combinations(nodes, 2)]
-    return Link(max(link.rtt_s for link in links), min(link.bytes_per_s for link in links))
-
-
 def median_rtt_s(cluster: ClusterView, nodes: Sequence[NodeView]) -> float:
     """Over all pairs; 0 when there is no pair."""
     return median([link_between(cluster, a, b).rtt_s for a, b in combinations(nodes, 2)] or [0.0])

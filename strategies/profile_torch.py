@@ -32,6 +32,7 @@ from strategies.batches_torch import MicroBatch, micro_batch, read
 from strategies.context import TaskContext
 from strategies.data import Batch, Dataset
 from strategies.faults_torch import DataUnusable, UserCodeError, fault_of
+from strategies.hang_watch import stack_shown_after
 from strategies.loss_torch import Loss
 from strategies.profile_layers_torch import (
     Trace,
@@ -47,6 +48,7 @@ BATCHES = (2, 4)
 LAYERS_LIMIT = 4_000  # so that a profile stays far below the limit of a document
 REAL_LIMIT_BYTES = 4 * 1024**3  # a model larger than this is never built for real just to be identified
 _FLOPS_PER_CORE = 10e9  # an ordinary core, for the hours of a requirement; plans use measured rates
+_STACK_BEFORE_S = 2.0  # the node ends what takes longer than its deadline
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ATTENTION = ("attention", "attn", "transformer")
 _GRAPH = ("gcn", "gatconv", "sageconv", "messagepassing", "graphconv")
@@ -69,8 +71,9 @@ def identify(context: TaskContext) -> Outcome:
     """Outcome.document is an Identification as JSON; a model or data that cannot be used is a fault."""
     code_dir = context.workspace.code_dir
     try:
-        dataset, test = open_data(context)
-        identification = describe(context, dataset, test)
+        with stack_shown_after(max(context.task.deadline_s - _STACK_BEFORE_S, context.task.deadline_s / 2)):
+            dataset, test = open_data(context)
+            identification = describe(context, dataset, test)
         return Outcome(AttemptState.DONE, document=documents.encode(identification).decode())
     except Exception as error:
         fault = fault_of(error, code_dir)

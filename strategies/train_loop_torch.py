@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from protos.artifact import Artifact, digest_file
-from protos.errors import SpecError
+from protos.errors import ErrorCode, SpecError
 from protos.jobspec import JobSpec
 from protos.states import AttemptState, StopMode
 from protos.work import Metrics, Outcome, Usage
 from strategies import checkpoint_torch, memory_use_torch, sampling_torch
-from strategies.batches_torch import BatchSource, MicroBatch, Slicing, StepBatch
+from strategies.batches_torch import BatchSource, MicroBatch, Slicing, StepBatch, read
 from strategies.checkpoint_writer_torch import CheckpointWriter
 from strategies.codecs_torch import codec
 from strategies.context import TaskContext
-from strategies.data.dataset import Dataset
+from strategies.data.dataset import Dataset, Indices
+from strategies.data.finite import not_finite
 from strategies.data.opening import open_splits
 from strategies.data_parallel_torch import GradientSync
 from strategies.evaluate_torch import Score, evaluate
@@ -174,8 +175,24 @@ def loop(run: Run) -> None:
         run.reporter.flush()
         if run.evaluated_at != run.step and train.evaluate_every != "never":
             evaluate_now(run)
+    except NotANumber as error:
+        batches.close(wait=True)
+        refuse_bad_rows(run, batches.global_rows(error.step - 1), error)
+        raise
     finally:
         batches.close()
+
+
+def refuse_bad_rows(run: Run, rows: Indices, error: NotANumber) -> None:
+    """A loss that is not a number is the data's fault when the batch it came from holds no numbers either."""
+    names = run.spec.data.features
+    found = not_finite(read(run.train_data, rows), rows, names if isinstance(names, list) else ())
+    if found is not None:
+        raise DataUnusable("reading rows") from SpecError(
+            f"{run.spec.data.source}: {found} of the training data (seen at step {error.step})",
+            "replace or remove these values before training",
+            code=ErrorCode.DATA_UNUSABLE,
+        )
 
 
 def gradients(run: Run, batch: StepBatch) -> Tensor:

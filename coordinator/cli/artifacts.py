@@ -10,7 +10,8 @@ import click
 from coordinator.cli.session import connected
 from coordinator.loading import CODE_FOLDER, load_lines
 from protos.command_line import human_bytes, output_option, say, table, write_document
-from protos.errors import NotFound
+from protos.errors import HiveError, NotFound
+from protos.printable import printable
 
 if TYPE_CHECKING:
     from coordinator.client import Client
@@ -48,8 +49,11 @@ def get(job: str, outdir: Path, as_json: bool) -> None:
             raise NotFound(
                 f"job {job} has made nothing yet: it is {document['state']}", f"wait for its end: hive wait {job}"
             )
-        paths = await client.fetch(made, outdir)
-        await client.fetch(document.get("code") or [], outdir / CODE_FOLDER)
+        try:
+            paths = await client.fetch(made, outdir)
+            await client.fetch(document.get("code") or [], outdir / CODE_FOLDER)
+        except OSError as error:
+            raise HiveError(f"{outdir} cannot be written: {error.strerror or error}", "give another folder") from error
         return document, paths
 
     document, paths = connected(work)
@@ -62,4 +66,4 @@ def get(job: str, outdir: Path, as_json: bool) -> None:
         say(f"{path}  {human_bytes(path.stat().st_size)}")
     if lines:
         say("\nload the model with plain torch:")
-        click.echo("\n".join(lines))
+        click.echo("\n".join(printable(line, "\t") for line in lines))

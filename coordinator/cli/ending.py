@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 from coordinator.cli import render
 from coordinator.cli.progress_view import ProgressView
 from coordinator.follow import Patience
-from protos.command_line import say, write_document
+from protos.command_line import say, show_output, write_document
 from protos.errors import EXIT_DETACHED, TABLE, ErrorCode, HiveError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def finish(document: Mapping[str, Any], as_json: bool, output: Sequence[str] = (
     """Print the end of a job; its exit code. `output`: what its worker printed last, as it was."""
     job = document["job"]
     for line in output:
-        say(line)
+        show_output(line + "\n", sys.stderr)
     if as_json:
         write_document(document)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,8 +10,10 @@ import click
 from coordinator.cli import ending, render
 from coordinator.cli.session import connected
 from coordinator.follow import EventRecord, Patience
-from protos.command_line import output_option, say, write_line
+from protos import limits
+from protos.command_line import output_option, say, show_output, write_line
 from protos.errors import EXIT_DETACHED, HiveError
+from protos.printable import printable
 from protos.states import TERMINAL_JOB_STATES
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def wait(job: str, as_json: bool) -> int:
 @click.command()
 @click.argument("job")
 @click.option("-f", "--follow", is_flag=True, help="Until the job ends; the exit code is then the job's.")
-@click.option("--rank", default=0, show_default=True, type=click.IntRange(0), help="Of which worker.")
+@click.option("--rank", default=0, show_default=True, type=click.IntRange(0, limits.MAX_COUNT), help="Of which worker.")
 @output_option
 def logs(job: str, follow: bool, rank: int, as_json: bool) -> int:
     """Print what a worker of JOB printed."""
@@ -52,7 +55,7 @@ def logs(job: str, follow: bool, rank: int, as_json: bool) -> int:
             if as_json:
                 write_line({"job_id": job, "rank": rank, "text": piece.text})
             else:
-                click.echo(piece.text, nl=False)
+                show_output(piece.text, sys.stdout)
         return await client.show(job) if follow else None
 
     try:
@@ -66,7 +69,9 @@ def logs(job: str, follow: bool, rank: int, as_json: bool) -> int:
 @click.command()
 @click.option("-w", "--watch", is_flag=True, help="Go on as new ones happen.")
 @click.option("--job", default="", help="Only of one job.")
-@click.option("--after", "after_seq", default=0, type=click.IntRange(0), help="Only those after this number.")
+@click.option(
+    "--after", "after_seq", default=0, type=click.IntRange(0, limits.MAX_INT64), help="Only those after this number."
+)
 @output_option
 def events(watch: bool, job: str, after_seq: int, as_json: bool) -> int:
     """Print the event log. `--after` the last number seen continues without loss or repetition."""
@@ -91,7 +96,7 @@ def events(watch: bool, job: str, after_seq: int, as_json: bool) -> int:
 def _line(event: EventRecord) -> str:
     details = "  ".join(f"{key}={value}" for key, value in event.payload.items() if value not in (None, "", [], {}))
     subject = event.job_id or event.node_id or ""
-    return f"{event.seq}  {render.clock(event.time)}  {event.kind}  {subject}  {details}".rstrip()
+    return printable(f"{event.seq}  {render.clock(event.time)}  {event.kind}  {subject}  {details}".rstrip(), "\t")
 
 
 def _outage(error: HiveError) -> None:

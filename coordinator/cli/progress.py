@@ -10,6 +10,7 @@ from typing import Any
 
 from coordinator.follow import EventRecord
 from protos.command_line import human_seconds
+from protos.printable import printable
 
 _SMOOTHING = 0.3  # weight of the newest interval in the speed
 
@@ -62,7 +63,7 @@ class JobProgress:
             speed = newest if speed is None else (1 - _SMOOTHING) * speed + _SMOOTHING * newest
         return replace(
             self,
-            stage=payload.get("stage") or before.stage,
+            stage=printable(payload.get("stage") or before.stage),
             step=step,
             steps_total=payload.get("steps_total") or before.steps_total,
             epoch=payload.get("epoch", before.epoch),

@@ -12,6 +12,7 @@ import click
 from coordinator.cli.progress import JobProgress
 from coordinator.follow import EventRecord
 from protos.command_line import paint
+from protos.printable import printable
 
 _LINE_EVERY_S = 5.0
 _QUIET_STATES = ("", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED")  # said by the bars and by the ending
@@ -44,10 +45,10 @@ class ProgressView:
         if event.kind == "progress" and not event.payload.get("rank"):
             self._painter.show(self.progress)
         elif event.kind == "job" and _announced(self.progress) not in ("", _announced(before)):
-            self._painter.say(_announced(self.progress))
+            self._painter.say(printable(_announced(self.progress)))
 
     def say(self, sentence: str) -> None:
-        self._painter.say(sentence)
+        self._painter.say(printable(sentence))
 
 
 def _announced(progress: JobProgress) -> str:

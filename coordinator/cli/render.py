@@ -1,4 +1,7 @@
-"""Documents as text for people. Pure: a document in, lines out; a field that is missing is shown as a dash."""
+"""Documents as text for people. Pure: a document in, lines out; a field that is missing is shown as a dash.
+
+Names and messages come from others: no character of theirs that a terminal would obey gets through.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from protos.command_line import human_bytes, human_seconds, paint, table
+from protos.printable import printable
 
 _STATE_COLOURS = {
     "SUCCEEDED": "green",
@@ -16,6 +20,15 @@ _STATE_COLOURS = {
     "CONNECTED": "green",
     "LOST": "red",
 }
+
+
+def safe(value: Any) -> Any:
+    """A document of others with every text of it printable; tabs stay, for the lines of a traceback."""
+    if isinstance(value, str):
+        return printable(value, "\t")
+    if isinstance(value, Mapping):
+        return {safe(key): safe(part) for key, part in value.items()}
+    return [safe(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def state(name: str | None) -> str:
@@ -53,6 +66,7 @@ def jobs(rows: list[dict[str, Any]]) -> str:
 
 def job(row: Mapping[str, Any]) -> str:
     """One job as name: value lines."""
+    row = safe(row)
     metrics = row.get("metrics") or {}
     steps = row.get("step")
     if steps is not None and row.get("steps_total"):
@@ -79,6 +93,7 @@ def job(row: Mapping[str, Any]) -> str:
 
 
 def model(row: Mapping[str, Any]) -> str:
+    row = safe(row)
     parts = [
         f"{row.get('family', 'unknown')} for {row.get('task') or 'an unknown task'}",
         f"{row.get('parameters', 0):,} parameters ({row.get('complexity', '-')})",
@@ -92,6 +107,7 @@ def model(row: Mapping[str, Any]) -> str:
 
 def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
     """The choice and why, what was considered, the subtasks; with `measured`, what came of the chosen one beside it."""
+    row = safe(row)
     chosen = row.get("strategy")
     lines = [f"plan      {row.get('id')}", f"strategy  {chosen}", f"because   {row.get('reason')}", ""]
     cells = []
@@ -132,7 +148,7 @@ def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> s
 def _measured(measured: Mapping[str, Any]) -> str:
     forms = {"seconds": human_seconds, "step_s": human_seconds, "bytes": human_bytes, "memory_bytes": human_bytes}
     parts = [
-        f"{name} {forms[name](value) if name in forms else number(value)}"
+        f"{printable(name)} {forms[name](value) if name in forms else number(value)}"
         for name, value in measured.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
@@ -202,7 +218,7 @@ def lan(rows: list[dict[str, Any]]) -> str:
 
 def checks(rows: list[dict[str, Any]]) -> str:
     lines = []
-    for row in rows:
+    for row in safe(rows):
         mark = paint("ok  ", "green") if row.get("ok") else paint("fail", "red")
         lines.append(f"{mark}  {row.get('name')}: {row.get('message', '')}")
         if row.get("hint") and not row.get("ok"):

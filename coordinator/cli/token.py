@@ -9,6 +9,7 @@ import click
 
 from coordinator.cli import render
 from coordinator.cli.session import connected
+from protos import limits
 from protos.command_line import output_option, say, table, write_document
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -36,7 +37,11 @@ def token() -> None:
     help="What its holder may do: lend a machine, submit jobs, everything, or look.",
 )
 @click.option(
-    "--uses", default=1, show_default=True, type=click.IntRange(0), help="Joins it is good for; 0: any number."
+    "--uses",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, limits.MAX_COUNT),
+    help="Joins it is good for; 0: any number.",
 )
 @click.option("--lifetime", default="24h", show_default=True, help="How long it is good for: 30m, 24h, 7d.")
 @output_option

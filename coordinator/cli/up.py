@@ -16,6 +16,7 @@ from coordinator import connect
 from coordinator.cli import ending, render
 from protos.command_line import human_bytes, human_seconds, output_option, say, write_line
 from protos.errors import EXIT_DETACHED, ErrorCode, HiveError, NotFound
+from protos.printable import printable
 from protos.version import SCHEMA
 
 _DEMO_FOLDER = Path("hive-demo")
@@ -144,7 +145,7 @@ def _told(job: dict[str, Any], folder: Path, lines: list[str], seconds: float, j
         say(f"the logs are in {folder / 'home' / 'logs'}")
         return ending.exit_code(job)
     accuracy = (job.get("metrics") or {}).get("accuracy")
-    nodes = ", ".join(job.get("nodes") or ())
+    nodes = printable(", ".join(job.get("nodes") or ()))
     click.echo(f"test accuracy  {accuracy:.4f}" if accuracy is not None else "test accuracy  unknown")
     click.echo(f"trained as     {job.get('strategy')} on {nodes}, {job.get('samples')} samples")
     click.echo(f"model          {folder / 'model' / 'model.safetensors'}")

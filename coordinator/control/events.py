@@ -135,6 +135,13 @@ class Identify:
 
 
 @dataclass(frozen=True, slots=True)
+class StopIdentifying:
+    """Paused before it was identified: whoever looks at its model need not go on."""
+
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     node_id: NodeId
     job_id: JobId
@@ -166,7 +173,7 @@ class Finish:
     job_id: JobId
 
 
-Effect = Identify | Offer | Stop | CloseRendezvous | Finish
+Effect = Identify | StopIdentifying | Offer | Stop | CloseRendezvous | Finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,9 +132,6 @@ class State:
     def without_job(self, job_id: JobId) -> State:
         return replace(self, jobs=MappingProxyType({key: job for key, job in self.jobs.items() if key != job_id}))
 
-    def without_node(self, node_id: NodeId) -> State:
-        return replace(self, nodes=MappingProxyType({key: node for key, node in self.nodes.items() if key != node_id}))
-
     def busy(self) -> frozenset[NodeId]:
         """Nodes that hold an unfinished attempt of any job."""
         return frozenset(attempt.node_id for job in self.jobs.values() if not job.ended for attempt in job.working)

@@ -247,7 +247,7 @@ def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) 
                 raise Conflict(f"{job.job_id} is already {job.state.value.lower()}", "hive resume lets it go on")
             if not job.working:
                 job = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
-                return state.with_job(job), [], "paused"
+                return state.with_job(job), [] if job.identified else [e.StopIdentifying(job.job_id)], "paused"
             job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hold_s)
             job = replace(job, reason=Reason.PAUSED_BY_USER, message="pausing on request")
             return state.with_job(job), _stop_all(job, StopMode.PAUSE, "paused by its user"), "pausing"

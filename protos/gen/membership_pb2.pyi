@@ -163,7 +163,7 @@ class Leaving(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., for_good: _Optional[bool] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "drain", "task_request")
+    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "drain", "task_request", "task_cancel")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,7 @@ class CoordinatorMessage(_message.Message):
     FILE_QUESTION_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     TASK_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TASK_CANCEL_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     echo: HeartbeatEcho
     offer: _work_pb2.Offer
@@ -182,7 +183,8 @@ class CoordinatorMessage(_message.Message):
     file_question: _work_pb2.FileQuestion
     drain: Drain
     task_request: _work_pb2.TaskRequest
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ...) -> None: ...
+    task_cancel: _work_pb2.TaskCancel
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ..., task_cancel: _Optional[_Union[_work_pb2.TaskCancel, _Mapping]] = ...) -> None: ...
 
 class Acknowledged(_message.Message):
     __slots__ = ("seq",)

@@ -50,6 +50,12 @@ class TaskRequest(_message.Message):
     deadline_s: float
     def __init__(self, call_id: _Optional[int] = ..., task_json: _Optional[bytes] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
+class TaskCancel(_message.Message):
+    __slots__ = ("call_id",)
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    def __init__(self, call_id: _Optional[int] = ...) -> None: ...
+
 class TaskResult(_message.Message):
     __slots__ = ("call_id", "outcome_json")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]

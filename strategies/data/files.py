@@ -80,6 +80,8 @@ def _looked_at(path: Path, where: str, kind: SourceKind) -> SourceKind:
         head = file.read(_PEEK_BYTES)
     found = next((what for magic, what in _MAGIC if head.startswith(magic)), None)
     by_magic = {"a zip archive": SourceKind.NPZ, "a parquet file": SourceKind.PARQUET}.get(found or "")
+    if not head:
+        raise unusable(f"data file {where} is empty", "was it written and copied as a whole?")
     if kind is SourceKind.PATH:
         if by_magic is None:
             what = found or "not recognised"

@@ -7,6 +7,7 @@ code, so both are only ever called in a worker process.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -58,6 +59,8 @@ def open_splits(
         train, test = RowRange(train, 0, cut), RowRange(train, cut, train.rows)
     if train.target is None and needs_target(loss):
         raise unusable(f"{spec.source}: loss {loss} needs a target and none is named", "set data.target")
+    if loss == "causal_lm":
+        _check_tokens(spec, train)
     coding = plan_coding(train.target, loss, spec.source) if train.target is not None else None
     whole = _digest(content, spec)
     return Splits(
@@ -113,6 +116,17 @@ def _digest(content: str, spec: DataSpec) -> str:
     """Of the content and of what in the spec decides which rows there are: equal digests mean equal sample orders."""
     parts = [content, spec.test_fraction, spec.sequence_length, spec.args]
     return blake3.blake3(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_tokens(spec: DataSpec, train: Rows) -> None:
+    dtypes = train.feature_dtypes
+    kinds = list(dtypes.values()) if isinstance(dtypes, Mapping) else [dtypes]
+    if not any(kind.startswith("int") for kind in kinds):
+        found = ", ".join(sorted(set(kinds)))
+        raise unusable(
+            f"{spec.source}: loss causal_lm learns sequences of tokens, and the features are {found}",
+            "give a text, or token numbers as int32 or int64, or choose another train.loss",
+        )
 
 
 def _same_rows(spec: DataSpec, train: Rows, test: Rows) -> None:

@@ -111,12 +111,6 @@ def test_file(spec: DataSpec, base: Path) -> Path | None:
     return None if spec.test is None else base / Path(spec.test).expanduser()
 
 
-def client_files(spec: DataSpec, base: Path) -> list[Path]:
-    """Paths that must travel with the job as artifacts: none for builtin: and FILE.py:FUNCTION."""
-    check(spec)
-    return [path for path in (data_file(spec, base), test_file(spec, base)) if path is not None]
-
-
 def unusable(message: str, hint: str = "", **details: Any) -> SpecError:
     """The error of data as the user gave them."""
     return SpecError(message, hint, code=ErrorCode.DATA_UNUSABLE, **details)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from coordinator.bundle import Bundle, bundle
 from coordinator.jobfile import overridden, read_job
 from coordinator.loading import load_lines
 from coordinator.source_files import imported_files, names_defined
+from protos import limits
 from protos.artifact import digest_file
 from protos.errors import HiveError, NotFound, SpecError
 
@@ -216,6 +218,16 @@ def test_no_bytes_make_the_job_reader_fail_otherwise_than_by_its_errors(
         read_job(path)
     except HiveError as error:
         assert error.exit_code == 3
+
+
+def test_what_has_no_end_or_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (Path("/dev/zero"), tmp_path / "pipe.yaml", tmp_path):
+        with pytest.raises(SpecError, match="is not a file"):
+            read_job(path)
+    (tmp_path / "big.yaml").write_bytes(b"#" * (limits.MAX_JOB_SPEC_BYTES + 1))
+    with pytest.raises(SpecError, match="is over"):
+        read_job(tmp_path / "big.yaml")
 
 
 def test_the_lines_that_load_a_model_are_exact(tmp_path: Path) -> None:

@@ -113,6 +113,29 @@ def test_a_job_waits_for_nodes_with_a_reason_and_can_be_cancelled(
     assert hive(capsys, "artifacts", "get", job_id, str(tmp_path / "out"))[0] == 4
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("token", "create", "--uses", "99999999999999999999"),
+        ("token", "create", "--uses", "2000000"),
+        ("token", "create", "--lifetime", "9" * 400 + "d"),
+        ("events", "--after", "99999999999999999999"),
+        ("logs", "j-none", "--rank", "99999999999999999999"),
+    ],
+    ids=lambda arguments: " ".join(arguments)[:30],
+)
+def test_numbers_beyond_every_bound_are_a_matter_of_usage(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    code, document = hive(capsys, *arguments)
+    assert (code, document["error"]["code"]) == (2, "usage")
+
+
+def test_the_largest_numbers_are_taken(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, "hive", ["events", "--after", str(2**63 - 1), "-o", "json"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_a_plan_without_nodes_is_exit_7(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = hive(capsys, "plan", str(job_file(tmp_path)))
     assert (code, document["error"]["code"]) == (7, "no_placement")

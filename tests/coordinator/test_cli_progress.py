@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.cli import render
+from coordinator.cli import follow, render
 from coordinator.cli.ending import exit_code
 from coordinator.cli.progress import JobProgress
 from coordinator.cli.progress_view import ProgressView
@@ -142,6 +142,29 @@ def test_a_plan_shows_why_a_candidate_was_dropped_and_marks_the_choice() -> None
     assert "no trusted link" in text
     assert "0..64" in text
     assert "measured  seconds 1 min 40 s, step_s 2.5 ms" in text
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = "x\x1b[2J"
+    shown = [
+        render.job({"id": "j-1", "name": bad, "state": "FAILED", "reason": bad, "message": bad, "hint": bad,
+                    "nodes": [bad], "last_lines": [bad], "metrics": {bad: 1.0}}),
+        render.plan({"id": bad, "strategy": bad, "reason": bad, "candidates": [{"strategy": bad, "reasons": [bad]}],
+                     "coordination_plan": {"rendezvous": bad}}, {bad: 1.0}),
+        render.model({"family": bad, "task": bad, "framework": bad, "format": bad}),
+        render.checks([{"name": bad, "message": bad, "hint": bad, "ok": False}]),
+        render.nodes([{"id": "n-1", "name": bad, "reason": bad, "link": bad}]),
+        render.lan([{"name": bad, "address": bad, "join": bad}]),
+        render.jobs([{"id": "j-1", "name": bad, "message": bad}]),
+    ]  # fmt: skip
+    with ProgressView("j-1") as view:
+        view.take(event(1, 0.0, "job", state="QUEUED", message=bad))
+        view.take(progress(2, 1.0, 1, stage=bad))
+        view.say(bad)
+    shown.append(capsys.readouterr().err)
+    shown.append(follow._line(event(3, 0.0, "job", message=bad)))
+    for text in shown:
+        assert "x\\x1b[2J" in text and "\x1b" not in text
 
 
 def test_documents_with_missing_fields_are_still_shown() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+from coordinator.cli import artifacts
 from coordinator.cli.main import VERBS, cli
 from coordinator.cli.token import lifetime_s
 from protos.command_line import LazyGroup, human_bytes, human_seconds, run, table, wants_json, write_line
@@ -90,6 +93,24 @@ def test_without_a_coordinator_it_says_how_to_get_one(capsys: pytest.CaptureFixt
     assert "no coordinator is known here" in captured.err
     assert "hive coordinator start" in captured.err
     assert captured.out == ""
+
+
+def test_a_folder_that_cannot_be_written_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Client:
+        async def show(self, job: str) -> dict[str, Any]:
+            return {"job": {"id": job, "state": "SUCCEEDED", "artifacts": [{"name": "model.safetensors"}]}}
+
+        async def fetch(self, made: list[dict[str, Any]], folder: Path) -> list[Path]:
+            folder.mkdir(parents=True)
+            return []
+
+    monkeypatch.setattr(artifacts, "connected", lambda work: asyncio.run(work(Client())))
+    (tmp_path / "file").touch()
+    assert run(cli, "hive", ["artifacts", "get", "j-1", str(tmp_path / "file" / "x")]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: Not a directory" in said and "bug" not in said
 
 
 def test_a_missing_job_file_is_not_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,11 +20,12 @@ from protos.gen import work_pb2
 from protos.ids import JobId, NodeId
 from protos.plan import Identification
 from protos.states import AttemptState, Reason
-from protos.work import Fault, Outcome
+from protos.work import Fault, Outcome, Task
 
 CAPACITY = Capacity("host", "machine", "linux", "3.11", 1.0, 1, 1, 1, 1)
 FOUND = Identification(model(), DATA, {}, {})
 KNOWS = Outcome(AttemptState.DONE, document=documents.encode(FOUND).decode())
+SILENT = Outcome(AttemptState.DONE, document="never said")
 SUBMISSION = Submission(job(), None, None, None, None)
 
 
@@ -37,8 +38,11 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.sessions = Sessions()
         self.folder = folder
-        self.identifier = Identifier(self.sessions, lambda digest: folder / digest)
+        self.identifier = Identifier(self.sessions, lambda digest: folder / digest, build_s=7.0)
         self.asked: list[str] = []
+        self.hears = asyncio.Event()  # one that does not answer was asked
+        self.cancelled = asyncio.Event()
+        self.deadline_s = 0.0
         self.answering: list[asyncio.Task[None]] = []
 
     def node(self, name: str, outcome: Outcome | None) -> NodeId:
@@ -48,7 +52,14 @@ class House:
 
         async def answer() -> None:
             while (message := await session.outgoing.get()) is not None:
+                if message.HasField("task_cancel"):
+                    self.cancelled.set()
+                    continue
                 self.asked.append(name)
+                self.deadline_s = documents.decode(Task, message.task_request.task_json).deadline_s
+                if outcome is SILENT:
+                    self.hears.set()
+                    continue
                 number = message.task_request.call_id
                 if outcome is None:
                     session.close()
@@ -136,5 +147,60 @@ def test_a_model_file_that_cannot_be_trained_is_refused_at_the_door(tmp_path: Pa
         with pytest.raises(SpecError):
             await house.identifier.check_file(submission)
         await house.identifier.check_file(SUBMISSION)
+
+    run(tmp_path, body)
+
+
+def test_who_no_longer_wants_to_know_ends_the_question_and_frees_the_next(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        silent = house.node("silent", SILENT)
+        asking = asyncio.create_task(house.identify(silent))
+        waiting = asyncio.create_task(house.identify(house.node("good", KNOWS)))  # the same model: not asked twice
+        await house.hears.wait()
+        asking.cancel()
+        await house.cancelled.wait()
+        assert await waiting == FOUND and house.asked == ["silent", "good"] and house.deadline_s == 7.0
+        assert house.sessions.open_tasks(silent) == 0
+
+    run(tmp_path, body)
+
+
+def test_the_node_that_was_asked_least_is_asked_first(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        silent, good = house.node("silent", SILENT), house.node("good", KNOWS)
+        asking = asyncio.create_task(house.identify(silent, good))
+        await house.hears.wait()
+        other = Submission(job(model={"source": "other.py:build"}), None, None, None, None)
+        assert await house.identify(silent, good, submission=other) == FOUND
+        assert house.asked == ["silent", "good"]
+        asking.cancel()
+
+    run(tmp_path, body)
+
+
+def test_a_model_that_overruns_its_time_twice_is_refused_on_whichever_nodes(tmp_path: Path) -> None:
+    overrun = failed(Reason.MODEL_UNUSABLE, Blame.USER_CODE, retryable=True)
+
+    async def body(house: House) -> None:
+        with pytest.raises(Unreachable, match="it did not work"):
+            await house.identify(house.node("a", overrun))
+        with pytest.raises(Refusal) as refused:
+            await house.identify(house.node("b", overrun), house.node("c", KNOWS))
+        assert (refused.value.reason, refused.value.blame) == (Reason.MODEL_UNUSABLE, Blame.USER_CODE)
+        assert house.asked == ["a", "b"]
+
+    run(tmp_path, body)
+
+
+def test_a_model_whose_worker_dies_twice_is_refused_as_the_models_doing(tmp_path: Path) -> None:
+    overrun = failed(Reason.NODE_LOST, Blame.NODE, retryable=True)
+
+    async def body(house: House) -> None:
+        with pytest.raises(Unreachable, match="it did not work"):
+            await house.identify(house.node("a", overrun))
+        with pytest.raises(Refusal) as refused:
+            await house.identify(house.node("b", overrun), house.node("c", KNOWS))
+        assert (refused.value.reason, refused.value.blame) == (Reason.MODEL_UNUSABLE, Blame.USER_CODE)
+        assert house.asked == ["a", "b"]
 
     run(tmp_path, body)

@@ -107,7 +107,9 @@ def test_a_position_is_where_one_goes_on_and_a_rank_is_its_own_stream(tmp_path: 
         assert (await house.read(after=5))[0].text.decode() == "grüße\n"
         assert (await house.read(rank=1))[0].text == b"one\n"
         assert (await house.read(rank=ALL_RANKS))[0].text.count(b"[rank ") == 3
-        assert (await house.read(rank=7))[0].text == b""
+        with pytest.raises(NotFound, match="no rank 7") as refused:
+            await house.read(rank=7)
+        assert refused.value.hint == "its ranks are 0, 1"
         assert not (await house.read())[-1].finished  # the job goes on
 
     run(tmp_path, body)
@@ -121,6 +123,20 @@ def test_output_larger_than_a_message_comes_in_whole_lines(tmp_path: Path) -> No
         texts = [chunk.text for chunk in chunks if chunk.text]
         assert len(texts) > 1 and all(text.endswith(b"\n") and len(text) <= 2**20 for text in texts)
         assert b"".join(texts).decode().count("\n") == 300
+
+    run(tmp_path, body)
+
+
+def test_a_rank_of_the_plan_is_there_before_it_printed_and_others_are_not(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        house.record = replace(house.record, plan_json=b'{"subtasks": [{"rank": 0}, {"rank": 1}]}')
+        await house.become(JobState.PLANNING)
+        assert (await house.read(rank=1))[0].text == b""
+        assert (await house.read(rank=ALL_RANKS))[0].text == b""
+        for follow in (False, True):
+            with pytest.raises(NotFound, match="no rank 99") as refused:
+                await house.read(rank=99, follow=follow)
+            assert refused.value.hint == "its ranks are 0, 1"
 
     run(tmp_path, body)
 

@@ -121,6 +121,12 @@ def test_without_nodes_every_strategy_says_why_and_the_hint_says_how_to_get_one(
     assert "hive-node" in refused.value.hint
 
 
+def test_when_no_node_lends_the_gpu_that_is_asked_for_the_hint_is_about_gpus() -> None:
+    with pytest.raises(NoPlacement) as refused:
+        decide(node("a"), nodes={"require": {"gpu": True}})
+    assert "GPU" in refused.value.hint and "uncordon" not in refused.value.hint
+
+
 def test_busy_nodes_are_worth_waiting_for_and_unfitting_ones_are_not() -> None:
     busy = ClusterView((node("a", activity=Activity.BUSY),))
     with pytest.raises(NoPlacement, match="a is BUSY"):

@@ -80,6 +80,9 @@ def test_a_node_that_does_not_answer_is_waited_for_so_long_and_no_longer() -> No
     async def body(sessions: Sessions, session: Session) -> None:
         with pytest.raises(DeadlineExceeded, match="box did not finish identify"):
             await sessions.run_task(N, TASK, 0.01)
+        asked, cancelled = session.outgoing.get_nowait(), session.outgoing.get_nowait()
+        assert asked is not None and cancelled is not None
+        assert cancelled.task_cancel.call_id == asked.task_request.call_id > 0
         assert await sessions.who_sees(N, Manifest(()), 0.01) == frozenset()
         assert session.tasks == {} and session.files == {}
 

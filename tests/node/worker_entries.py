@@ -11,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-from protos.errors import DeadlineExceeded
-from protos.states import AttemptState
-from protos.work import Outcome, Progress
+from protos.errors import Blame, DeadlineExceeded
+from protos.states import AttemptState, Reason
+from protos.work import Fault, Outcome, Progress
 from strategies.context import TaskContext
 
 _FOREVER = threading.Event()
@@ -111,6 +111,18 @@ def raises(context: TaskContext) -> Outcome:
 def exits(context: TaskContext) -> Outcome:
     sys.stdout.write("about to leave\n")
     os._exit(3)
+
+
+def prints_and_hangs(context: TaskContext) -> Outcome:
+    sys.stdout.write("downloading forever\n")
+    _FOREVER.wait()
+    return _done()
+
+
+def prints_and_fails(context: TaskContext) -> Outcome:
+    sys.stdout.write("".join(f"line {number}\n" for number in range(30)))
+    fault = Fault(Reason.MODEL_UNUSABLE, Blame.USER_CODE, "no", last_lines=("Traceback of the user",))
+    return Outcome(AttemptState.FAILED, fault=fault)
 
 
 def is_killed(context: TaskContext) -> Outcome:

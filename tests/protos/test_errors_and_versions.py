@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from protos import errors, ids, version
 from protos.errors import TABLE, Blame, ErrorCode, HiveError, from_document
-from protos.ids import Fence, JobId
 from protos.version import negotiate
 
-CLASSES = [HiveError, *HiveError.__subclasses__()]
+# those that travel; a room may have its own, which arrive elsewhere as what they extend
+SUBCLASSES = [kind for kind in HiveError.__subclasses__() if kind.__module__ == "protos.errors"]
+CLASSES = [HiveError, *SUBCLASSES]
 
 
 @pytest.mark.parametrize("code", ErrorCode)
@@ -59,7 +60,7 @@ def test_any_document_becomes_an_error(document: dict[str, str]) -> None:
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     assert errors.__doc__ is not None
     named = set(re.findall(r"[├└]─ (\w+)", errors.__doc__))
-    assert named == {kind.__name__ for kind in HiveError.__subclasses__()}
+    assert named == {kind.__name__ for kind in SUBCLASSES}
 
 
 # ---- versions
@@ -109,8 +110,3 @@ def test_ids_are_read_aloud_without_mistakes_and_never_repeat(make, prefix: str)
     made = {make() for _ in range(500)}
     assert len(made) == 500
     assert all(re.fullmatch(rf"{prefix}-[a-hjkmnp-tv-z2-9]{{8}}", one) for one in made)
-
-
-def test_subtasks_and_attempts_are_named_by_job_fence_and_rank() -> None:
-    assert ids.subtask_id(JobId("j-1"), 2) == "j-1/2"
-    assert ids.attempt_id(JobId("j-1"), Fence(3), 2) == "j-1/3/2"

@@ -163,6 +163,24 @@ def test_a_file_is_what_it_contains_not_what_it_is_called(tmp_path: Path) -> Non
     assert features(splits(tmp_path, source="nameless").train) == [[1], [1]]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x.parquet", "x.csv", "x.jsonl", "x.bin"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(SpecError, match="is empty"):
+        splits(tmp_path, source=name)
+
+
+def test_causal_lm_needs_tokens(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"builtin:iris: loss causal_lm .* are float32") as refused:
+        open_splits(DataSpec(source="builtin:iris"), None, None, loss="causal_lm")
+    assert refused.value.code is ErrorCode.DATA_UNUSABLE
+    (tmp_path / "t.txt").write_text("many words " * 30)
+    text = DataSpec(source="t.txt", sequence_length=8)
+    assert open_splits(text, tmp_path / "t.txt", None, loss="causal_lm").train.rows
+    np.savez(tmp_path / "t.npz", x=np.ones((4, 5), dtype=np.int32))
+    assert open_splits(DataSpec(source="t.npz"), tmp_path / "t.npz", None, loss="causal_lm").train.rows == 4
+
+
 def test_a_loss_that_needs_a_target_says_so(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", "x,y\n1,0\n2,0\n")
     with pytest.raises(SpecError, match="mse needs a target"):

@@ -12,7 +12,8 @@ import pytest
 from protos.errors import ErrorCode, SpecError
 from protos.jobspec import DataSpec
 from strategies.data import source
-from strategies.data.source import SourceKind, check, client_files, data_file, kind_of
+from strategies.data.source import SourceKind, check, data_file, kind_of
+from strategies.data.source import test_file as split_file
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,11 @@ def test_a_field_that_would_be_ignored_is_refused(fields: dict[str, Any], said: 
 
 def test_only_local_files_are_shipped(tmp_path: Path) -> None:
     spec = DataSpec(source="train.npz", test="more/test.npz")
-    assert client_files(spec, tmp_path) == [tmp_path / "train.npz", tmp_path / "more/test.npz"]
-    assert client_files(DataSpec(source="builtin:digits"), tmp_path) == []
-    assert client_files(DataSpec(source="data.py:fn"), tmp_path) == []
+    assert data_file(spec, tmp_path) == tmp_path / "train.npz"
+    assert split_file(spec, tmp_path) == tmp_path / "more/test.npz"
+    assert data_file(DataSpec(source="builtin:digits"), tmp_path) is None
+    assert data_file(DataSpec(source="data.py:fn"), tmp_path) is None
+    assert split_file(DataSpec(source="a.csv"), tmp_path) is None
     assert data_file(DataSpec(source="/data/shared.csv"), tmp_path) == Path("/data/shared.csv")
 
 

@@ -118,6 +118,12 @@ def test_mlp_is_exact(tmp_path: Path) -> None:
     assert found.classes == 4
 
 
+def test_causal_lm_on_values_is_refused_as_data_when_the_job_is_identified(tmp_path: Path) -> None:
+    outcome = Job(tmp_path, "def build(): return nn.Linear(8, 4)", train={"loss": "causal_lm"}).run()
+    assert outcome.fault is not None and outcome.fault.reason is Reason.DATA_UNUSABLE
+    assert "tokens" in outcome.fault.message
+
+
 def test_requirements_are_layer_arithmetic(tmp_path: Path) -> None:
     code = "def build(): return nn.Linear(8, 4)"
     found = Job(tmp_path, code, train={"optimizer": {"name": "sgd"}}).identified()

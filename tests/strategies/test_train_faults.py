@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,17 @@ import torch
 from engine_jobs import MLP, mlp_job
 
 from protos.errors import Blame, DeadlineExceeded, ErrorCode, SpecError
+from protos.jobspec import BUILT_OPTIMIZERS
+from protos.optimizer_keywords import KEYWORDS
 from protos.states import AttemptState, Reason, StopMode
 from protos.work import Fault
+from strategies.data.dataset import Batch
+from strategies.data.finite import not_finite
+from strategies.evaluate_torch import Score
 from strategies.faults_torch import NotANumber, PeerLost, Stopped, fault_of
 from strategies.model_torch import load_weights
+from strategies.optimizer_torch import _CLASSES
+from strategies.train_loop_torch import metrics_of
 
 RAISES = MLP.replace(
     "        return self.second(", "        raise KeyError('no such layer')\n        return self.second("
@@ -82,10 +92,44 @@ def test_a_wrong_column_is_a_fault_of_the_data(tmp_path: Path) -> None:
     assert "label" in found.message
 
 
-def test_an_optimizer_keyword_torch_does_not_know_is_named(tmp_path: Path) -> None:
-    found = fault(mlp_job(tmp_path, steps=3, optimizer={"name": "sgd", "lr": 0.1, "momentumm": 0.9}))
+def test_an_optimizer_value_torch_does_not_take_is_named(tmp_path: Path) -> None:
+    found = fault(mlp_job(tmp_path, steps=3, optimizer={"name": "sgd", "lr": 0.1, "momentum": -0.9}))
     assert found.reason is Reason.USER_CODE
-    assert "momentumm" in found.message
+    assert "Invalid momentum value: -0.9" in found.message
+
+
+@pytest.mark.parametrize("name", BUILT_OPTIMIZERS)
+def test_the_keywords_a_job_file_may_give_an_optimizer_are_torch_s(name: str) -> None:
+    taken = set(inspect.signature(_CLASSES[name].__init__).parameters)
+    assert set(KEYWORDS[name]) == taken - {"self", "params", "lr"}
+
+
+def test_values_that_are_no_numbers_are_the_data_s_fault_and_named(tmp_path: Path) -> None:
+    job = mlp_job(tmp_path, steps=50)
+    with np.load(tmp_path / "train.npz") as arrays:
+        x, y = arrays["x"].copy(), arrays["y"]
+    x[17, 5] = np.inf
+    np.savez(tmp_path / "train.npz", x=x, y=y)
+    found = fault(job)
+    assert (found.reason, found.retryable) == (Reason.DATA_UNUSABLE, False)
+    assert "feature column 5" in found.message and "in row 17 " in found.message
+    assert "learning rate" not in found.message
+
+
+def test_columns_and_row_ranges_are_named_where_values_are_not_finite() -> None:
+    rows = np.array([40, 3, 9])
+    table = np.array([[1.0, np.nan], [1.0, 2.0], [1.0, -np.inf]], dtype=np.float32)
+    assert "column 'b'" in (not_finite(Batch(table, None), rows, ["a", "b"]) or "")
+    assert "in 2 rows from 9 to 40" in (not_finite(Batch(table, None), rows) or "")
+    assert "'target'" in (not_finite(Batch({"x": table[:, :1]}, table), rows) or "")
+    assert not_finite(Batch(np.arange(3), table[:, :1]), rows) is None
+
+
+def test_a_metric_that_is_not_a_number_is_left_out() -> None:
+    run: Any = SimpleNamespace(
+        reporter=SimpleNamespace(last_loss=float("nan"), mean_rate=3.0), score=Score(float("inf"), 0.5)
+    )
+    assert metrics_of(run) == {"samples_per_s": 3.0, "accuracy": 0.5}
 
 
 @pytest.mark.parametrize(
