@@ -21,6 +21,8 @@ _KEPT_PREFIXES = ("LC_",)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 # numpy's OpenBLAS starts its threads when it is imported: none may run in the parent when it forks.
 _NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# glibc: a step's activations are freed and wanted again; given back to the kernel each time, they cost page faults.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2), "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2)}
 
 
 def clean_environment(source: Mapping[str, str], cpus: float) -> dict[str, str]:
@@ -29,7 +31,7 @@ def clean_environment(source: Mapping[str, str], cpus: float) -> dict[str, str]:
     threads = str(max(1, math.ceil(cpus)))
     if _ROOMS.name not in ("site-packages", "dist-packages"):  # run from a checkout: workers run the same code
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOMS), kept.get("PYTHONPATH", "")]))
-    return kept | dict.fromkeys(_THREAD_VARIABLES, threads) | _NO_THREADS
+    return kept | dict.fromkeys(_THREAD_VARIABLES, threads) | _NO_THREADS | _KEEP_FREED_MEMORY
 
 
 def device_environment(device: str) -> tuple[dict[str, str], str]:
