@@ -30,9 +30,11 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
         if not idle and state.willing():
             state = state.with_job(_waits(job, Reason.WAITING_FOR_BUSY_NODES, "all nodes are busy with earlier jobs"))
             continue
-        idle = tuple(node_id for node_id in idle if node_id not in job.avoid) or idle
-        holders = _holders(job, idle)
-        placed = plan_for(job.job_id, idle, state.willing(), holders, job.plan.strategy if job.plan else None)
+        previous = job.plan.strategy if job.plan else None
+        better = tuple(node_id for node_id in idle if node_id not in job.avoid)
+        placed = plan_for(job.job_id, better or idle, state.willing(), _holders(job, better or idle), previous)
+        if isinstance(placed, e.Unplaced) and better and better != idle:  # only the avoided ones can have it
+            placed = plan_for(job.job_id, idle, state.willing(), _holders(job, idle), previous)
         if isinstance(placed, e.Unplaced):
             if placed.permanent:
                 ended = end(job, JobState.FAILED, placed.reason, placed.message, placed.hint, Blame.POLICY)

@@ -144,7 +144,7 @@ def test_events_tell_the_story_and_go_on_where_one_stopped(up: Cluster, job: dic
     told = up.events("--job", job["id"])
     assert [each["seq"] for each in told] == sorted({each["seq"] for each in told})
     states = [each["payload"]["state"] for each in told if each["kind"] == "job"]
-    assert list(dict.fromkeys(states)) == ["PLANNING", "QUEUED", "STARTING", "RUNNING", "SUCCEEDED"]
+    assert list(dict.fromkeys(states)) == ["SUBMITTED", "PLANNING", "QUEUED", "STARTING", "RUNNING", "SUCCEEDED"]
     assert all(each["payload"]["message"] for each in told if each["kind"] == "job")
     assert {"decision", "outcome", "attempt", "progress"} <= {each["kind"] for each in told}
     middle = told[len(told) // 2]["seq"]
