@@ -15,7 +15,11 @@ from protos.plan import Identification, NodeView, Plan
 from protos.states import TERMINAL_JOB_STATES, JobState
 from protos.version import SCHEMA
 
-_WITHOUT_A_MESSAGE = {JobState.QUEUED: "waits for its turn", JobState.RUNNING: "training"}
+_WITHOUT_A_MESSAGE = {
+    JobState.SUBMITTED: "submitted",
+    JobState.QUEUED: "waits for its turn",
+    JobState.RUNNING: "training",
+}
 
 
 STILL_S = 30.0
