@@ -18,7 +18,7 @@ QUANTUM_S = 0.02  # CPU seconds saved up before the trees run again: small enoug
 _KEPT_S = 0.25  # of an unused grant so much is kept: a late wake-up of the daemon loses nothing
 _SHORTEST_WAIT_S = 0.005
 _LONGEST_WAIT_S = 0.2
-_TREE_EVERY_S = 0.2  # how often new descendants are looked for
+_TREE_EVERY_S = 0.05  # how often new descendants are looked for: until then they run free, and all pay it back
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ async def measured_share(limit: CpuLimit, program: str, seconds: float) -> float
             Path(path).write_text(str(process.pid))
         enforcing = asyncio.create_task(limit.enforce(lambda: [process.pid]))
         try:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.0)  # what it used before the limit saw it is paid back by then
             meter = process_tree.CpuMeter()
             members = process_tree.tree(process.pid)
             before_s, before_used = time.monotonic(), meter.sample(members)
