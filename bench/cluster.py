@@ -41,9 +41,11 @@ def running(folder: Path, nodes: Sequence[str] = NODES, threads: int = 1) -> Ite
 
 
 def run_job(cluster: Cluster, written: Written) -> dict[str, Any]:
-    """Submit, wait, and return report.json. Raises AssertionError when the job did not succeed."""
-    job_id = cluster.submit(written.job)
-    finished(cluster, job_id)
+    """`hive submit --wait`, and report.json. Raises AssertionError when the job did not succeed.
+
+    One client from submission to end: the start of a second one would load the machine while the job is timed.
+    """
+    job_id = str(cluster.ask("submit", str(written.job), "--wait", deadline_s=JOB_DEADLINE_S)["job"]["id"])
     report: dict[str, Any] = json.loads(cluster.artifact(job_id, "report.json").read_text())
     return report
 

@@ -173,7 +173,7 @@ def _first_rows(batch: Batch, size: int, loss: Loss, fake: bool) -> MicroBatch:
         return real
     given = real.features
     inputs = {k: _like(v) for k, v in given.items()} if isinstance(given, dict) else _like(given)
-    return replace(real, features=inputs, target=_like(real.target))
+    return real._replace(features=inputs, target=_like(real.target))
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

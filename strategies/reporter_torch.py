@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from protos.work import Metrics, Progress
 from strategies.faults_torch import NotANumber
 
-REPORT_EVERY_S = 0.25
+REPORT_EVERY_S = 0.5
 HALF_WINDOW = 10
 
 
@@ -31,8 +32,9 @@ class Totals:
     epochs: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+class _Record(NamedTuple):
+    """Of one step. A tuple: made in every step."""
+
     time: float
     step: int
     epoch: int

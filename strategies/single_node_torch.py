@@ -32,15 +32,16 @@ class LocalSync:
     """Sync for a world of one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+        self._parameters: list[Tensor] = [each for group in optimizer.param_groups for each in group["params"]]
         self._scales = Scales()
         self._loss: Tensor | None = None
         self._share = 1.0
 
     def begin(self, share: float) -> None:
         self._share = share
-        self._optimizer.zero_grad(set_to_none=True)
         self._loss = None
+        for parameter in self._parameters:  # Optimizer.zero_grad does the same in ten times the time
+            parameter.grad = None
 
     def backward(self, loss: Tensor, items: int, last: bool) -> None:
         scale = self._scales.of(loss, items)
@@ -52,10 +53,9 @@ class LocalSync:
         share, loss = self._share, self._loss
         assert loss is not None
         if abs(share - 1.0) > 1e-6 and share > 0:  # ignored targets: the mean is over fewer items than nominal
-            for group in self._optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.div_(share)
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(share)
             loss = loss / share
         return loss
 

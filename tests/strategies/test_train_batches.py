@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from engine_jobs import mlp_job
 from hypothesis import given
 from hypothesis import strategies as some
 
-from strategies.batches_torch import BatchSource, MicroBatch, Slicing, cut
+from strategies.batches_torch import BatchSource, MicroBatch, Slicing, bounds_of, cut
 from strategies.data.dataset import Batch, Dataset
 from strategies.data.opening import open_splits
 from strategies.loss_torch import Loss
@@ -32,8 +33,15 @@ class SlowDataset:
         return getattr(self._inner, name)
 
     def batch(self, indices: Any) -> Batch:
-        np.linalg.svd(np.ones((150, 150)))
+        np.linalg.svd(np.ones((300, 300)))
         return self._inner.batch(indices)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A small data set in memory: several steps of it are read at once."""
+    job = mlp_job(tmp_path_factory.mktemp("quick"), steps=60)
+    return open_splits(job.spec.data, job.data, None, loss="cross_entropy").train
 
 
 def test_reading_ahead_changes_nothing_but_who_reads(tmp_path: Path) -> None:
@@ -56,10 +64,32 @@ def test_reading_ahead_changes_nothing_but_who_reads(tmp_path: Path) -> None:
     assert not readers[0].is_alive()
 
 
+@given(
+    batch=some.integers(1, 70),
+    samples=some.sampled_from([(1,), (3, 1), (0, 1), (1, 40)]),
+    accumulate=some.integers(1, 3),
+    start=some.integers(0, 40),
+)
+def test_steps_read_at_once_are_those_read_one_by_one(
+    batch: int, samples: tuple[int, ...], accumulate: int, start: int, quick: Dataset
+) -> None:
+    slicing = Slicing(batch, samples, len(samples) - 1, accumulate, 0, True)
+    total = start + 3 * -(-quick.rows // batch)
+    many = BatchSource(quick, slicing, LOSS, CPU, total)
+    for step in range(start, total):
+        one, other = BatchSource(quick, slicing, LOSS, CPU, total).next(step), many.next(step)
+        assert one[1:] == other[1:]
+        assert len(one.micro_batches) == len(other.micro_batches)
+        for left, right in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert torch.equal(left.target, right.target) and left[2:] == right[2:]
+            assert isinstance(left.features, torch.Tensor) and isinstance(right.features, torch.Tensor)
+            assert torch.equal(left.features, right.features)
+
+
 @given(rows=some.integers(1, 70), pieces=some.integers(1, 80))
 def test_pieces_partition_the_slice_in_order_and_are_of_nearly_equal_size(rows: int, pieces: int) -> None:
     target = torch.arange(rows)
-    found = cut(MicroBatch({"x": target}, target, rows, rows), pieces, LOSS)
+    found = cut(MicroBatch({"x": target}, target, rows, rows), bounds_of(0, rows, pieces), LOSS)
     assert torch.equal(torch.cat([piece.target for piece in found]), target)
     assert len(found) == min(pieces, rows)
     assert max(piece.rows for piece in found) - min(piece.rows for piece in found) <= 1
