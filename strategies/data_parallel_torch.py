@@ -41,9 +41,10 @@ class _Bucket:
 
 @dataclass(slots=True)
 class _Norms:
-    """Buffers of batch norms: `averaged` travel in the tail, `all` are put back when a step is undone."""
+    """Buffers of batch norms: `averaged` travel in the tail as `views`, `all` are put back when a step is undone."""
 
     averaged: list[Tensor] = field(default_factory=list)
+    views: list[Tensor] = field(default_factory=list)
     all: list[Tensor] = field(default_factory=list)
     committed: list[Tensor] = field(default_factory=list)
 
@@ -62,6 +63,10 @@ class GradientSync:
         self._tail_alone = self._tail._base is None
         self._tail_pending: Pending | None = None
         self._tail_wire = self._tail
+        offset = 2 + len(self._parameters)
+        sizes = [tensor.numel() for tensor in self._norms.averaged]
+        pieces = torch.split(self._tail[offset:], sizes) if sizes else ()
+        self._norms.views = [view.view_as(norm) for view, norm in zip(pieces, self._norms.averaged, strict=True)]
         self._bucket_of = {index: bucket for bucket in self._buckets for index, _, _ in bucket.parameters}
         self._scales = Scales()
         self._next = 0
@@ -130,13 +135,12 @@ class GradientSync:
             if not touched:
                 self._parameters[index].grad = None
         with torch.no_grad():
-            offset = 2 + count
-            for tensor in self._norms.averaged:
-                mean = self._tail[offset : offset + tensor.numel()]
-                tensor.copy_(mean.reshape(tensor.shape) if share == 1.0 else (mean / share).reshape(tensor.shape))
-                offset += tensor.numel()
-            for tensor, committed in zip(self._norms.all, self._norms.committed, strict=True):
-                committed.copy_(tensor)
+            norms = self._norms
+            if norms.all:
+                if share not in (0.0, 1.0):
+                    torch._foreach_div_(norms.views, share)
+                torch._foreach_copy_(norms.averaged, norms.views)
+                torch._foreach_copy_(norms.committed, norms.all)
         return loss
 
     def _arrived(self, index: int) -> None:
@@ -181,10 +185,9 @@ class GradientSync:
             self._tail[: 2 + count] = torch.tensor(
                 [loss, self._share, *(float(touched) for touched in self._touched)], dtype=torch.float32
             )
-            offset = 2 + count
-            for tensor in self._norms.averaged:
-                torch.mul(tensor.reshape(-1), self._share, out=self._tail[offset : offset + tensor.numel()])
-                offset += tensor.numel()
+            if self._norms.averaged:
+                torch._foreach_copy_(self._norms.views, self._norms.averaged)
+                torch._foreach_mul_(self._norms.views, self._share)
 
 
 def _make_buckets(parameters: list[nn.Parameter], tail_size: int, inside: bool) -> tuple[list[_Bucket], Tensor]:
