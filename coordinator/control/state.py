@@ -42,6 +42,7 @@ class NodeStatus:
     reason: str = ""
     last_seen_s: float = 0.0
     cut_off_s: float = 0.0  # when the link went from CONNECTED to DISCONNECTED
+    spared_until_s: float = 0.0  # a member of a group that was silent as a whole: not lost before, see control/step.py
 
     @property
     def reachable(self) -> bool:

@@ -288,11 +288,12 @@ def _consequences(
 def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.Effect]]:
     """Silence and missed deadlines. A connected node that says nothing for the lease's life is as lost as a cut one."""
     effects: list[e.Effect] = []
+    state = _spare_silent_groups(state, now_s, timing)
     for node in list(state.nodes.values()):
         silent_s = now_s - node.last_seen_s
         if node.link is NodeLink.CONNECTED and silent_s > timing.lease_ttl_s:
             state = state.with_node(_cut_off(node, f"silent for {silent_s:.0f} s", now_s))
-        elif node.link is NodeLink.DISCONNECTED and silent_s > _patience_s(state, node, now_s, timing):
+        elif node.link is NodeLink.DISCONNECTED and _is_lost(node, now_s, timing):
             why = f"{node.name} was not heard for {silent_s:.0f} s"
             effects += _stop_on(state, node.node_id, why)  # a frozen node reads it when it goes on
             state = state.with_node(replace(node, link=NodeLink.LOST, reason=f"not heard for {silent_s:.0f} s"))
@@ -310,17 +311,23 @@ def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.E
     return state, effects
 
 
-def _patience_s(state: State, node: NodeStatus, now_s: float, timing: Timing) -> float:
-    """A node is lost after its lease's life. But when the whole group of a running job falls silent at once, the one
-    that is cut off is this coordinator: the group needs it for nothing until it is done, and gets time to come back."""
+def _spare_silent_groups(state: State, now_s: float, timing: Timing) -> State:
+    """When the whole group of a running job falls silent at once, the one that is cut off is this coordinator. The
+    group needs it for nothing until it is done, and gets time to come back: all of it, one after the other."""
     for job in state.jobs.values():
-        group = {a.node_id for a in job.working}
-        if job.state is not JobState.RUNNING or node.node_id not in group or len(group) < 2:
+        group = [state.nodes[node_id] for node_id in {a.node_id for a in job.working} if node_id in state.nodes]
+        if job.state is not JobState.RUNNING or len(group) < 2:
             continue
-        heard = [state.nodes[node_id].last_seen_s for node_id in group if node_id in state.nodes]
-        if now_s - max(heard) > timing.lease_ttl_s / 2:
-            return timing.reconnect_grace_s
-    return timing.lease_ttl_s
+        if now_s - max(node.last_seen_s for node in group) > timing.lease_ttl_s / 2:
+            for node in group:
+                state = state.with_node(replace(node, spared_until_s=now_s + timing.lease_ttl_s))
+    return state
+
+
+def _is_lost(node: NodeStatus, now_s: float, timing: Timing) -> bool:
+    """After its lease's life; a spared one later, but no spared one is waited for longer than the grace."""
+    silent_s = now_s - node.last_seen_s
+    return silent_s > timing.reconnect_grace_s or (silent_s > timing.lease_ttl_s and now_s > node.spared_until_s)
 
 
 def _late(state: State, job: JobView, now_s: float, timing: Timing) -> list[int]:

@@ -220,6 +220,32 @@ def test_a_group_that_falls_silent_as_a_whole_is_waited_for_and_goes_on_under_it
     assert (bench.job().state, bench.job().fence) == (JobState.RUNNING, 1)
 
 
+def test_of_a_silent_group_the_first_that_is_back_and_done_does_not_cost_the_others_their_time() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    for name in ("a", "b"):
+        bench.do(e.NodeDisconnected(NodeId(name)))
+    bench.wait(TIMING.lease_ttl_s + 3.0)
+    bench.connect("a", leases=[("j-1", 1, 0)])
+    bench.finish(0)
+    bench.wait(TIMING.lease_ttl_s - 2.0, heard=("a",))
+    assert bench.job().state is JobState.RUNNING
+    bench.connect("b", leases=[("j-1", 1, 1)])
+    bench.finish(1)
+    assert (bench.job().state, bench.job().fence) == (JobState.SUCCEEDED, 1)
+
+
+def test_of_a_silent_group_one_that_stays_away_is_lost_after_the_others_are_back() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    for name in ("a", "b"):
+        bench.do(e.NodeDisconnected(NodeId(name)))
+    bench.wait(TIMING.lease_ttl_s + 1.0)
+    bench.connect("a", leases=[("j-1", 1, 0)])
+    bench.wait(TIMING.lease_ttl_s + 2.0, heard=("a",))
+    assert bench.job().state is JobState.RECOVERING
+
+
 def test_a_group_that_stays_silent_is_lost_in_the_end() -> None:
     bench = Bench()
     bench.running("a", "b")

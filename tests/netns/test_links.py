@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,9 +98,8 @@ def test_training_goes_on_while_the_coordinator_is_cut_off_and_the_result_arrive
     with office.lan.cut_off(0):
         for name, pids in workers.items():
             until(lambda name=name, pids=pids: pids != office.worker_pids(name), f"{name} trains to its end", 120)  # type: ignore[misc]
-    healed_s = time.monotonic()
     check_finished(office, job_id)
-    assert time.monotonic() - healed_s < 30, "what was trained meanwhile is not trained again"
+    assert office.show(job_id)["fence"] == 1, "what was trained meanwhile is not trained again"
 
 
 def test_the_measured_bandwidth_and_round_trip_are_those_of_the_link(office: LanCluster) -> None:
