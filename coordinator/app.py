@@ -24,7 +24,7 @@ from coordinator.artifacts import ArtifactsService
 from coordinator.authority import Authority, open_authority
 from coordinator.beacon import Beacon
 from coordinator.blobs import BlobStore
-from coordinator.cluster import nobody
+from coordinator.cluster import away, nobody
 from coordinator.config import CoordinatorConfig
 from coordinator.control.state import Timing
 from coordinator.controller import Controller
@@ -128,7 +128,13 @@ async def _start(
     learner = Learner(folder / "qtable.json")
     await learner.catch_up(store)
     controller: Controller
-    placement = Placement(sessions, learner, random.Random(), lambda: nobody(controller.state.nodes.values()))
+    placement = Placement(
+        sessions,
+        learner,
+        random.Random(),
+        lambda: nobody(controller.state.nodes.values()),
+        lambda: away(controller.state.nodes.values(), controller.capacity),
+    )
     identifier = Identifier(sessions, lambda digest: blobs.path(digest))
     rendezvous = Rendezvous(lambda job_id, fence: controller.is_current(job_id, fence))
     effects = Effects(store, sessions, rendezvous, identifier, placement, learner, folders, blobs, tasks)
@@ -154,6 +160,7 @@ async def _start(
         lambda: beacon.problem if config.advertise else "",
         address,
         time.time(),
+        config.advertise,
     )
     service = JobsService(
         store,

@@ -5,10 +5,12 @@ Pairs of nodes are not probed yet: strategies.links says what stands in for an u
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from coordinator.control.state import NodeStatus
 from coordinator.sessions import Sessions
+from protos.capacity import Capacity
 from protos.ids import NodeId
 from protos.plan import ClusterView, NodeView
 from protos.states import Activity, Eligibility, NodeLink
@@ -16,16 +18,40 @@ from protos.states import Activity, Eligibility, NodeLink
 _NAMED = 3
 
 JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
-_WAIT_HINT = "hive nodes shows how each one is: measuring takes seconds, hive-node resume ends a pause"
+WAIT_HINT = "hive nodes shows how each one is: measuring takes seconds, hive-node resume ends a pause"
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A member that takes no work now. `capacity` None: it has never said what it has."""
+
+    node_id: NodeId
+    name: str
+    doing: str
+    capacity: Capacity | None
+
+
+def away(nodes: Iterable[NodeStatus], capacity: Callable[[NodeId], Capacity | None]) -> tuple[Away, ...]:
+    """Those that may come back: disconnected, paused, cordoned or measuring, but not those that have left."""
+    return tuple(
+        Away(node.node_id, node.name, _doing(node), capacity(node.node_id))
+        for node in nodes
+        if node.link is not NodeLink.LEFT and not node.willing
+    )
+
+
+def said_of(members: Sequence[Away]) -> str:
+    """n1 is disconnected, n2 is paused and 4 more"""
+    more = f" and {len(members) - _NAMED} more" if len(members) > _NAMED else ""
+    return ", ".join(f"{member.name} is {member.doing}" for member in members[:_NAMED]) + more
 
 
 def nobody(nodes: Iterable[NodeStatus]) -> tuple[str, str]:
     """Why there is no node that takes work (none has joined, or what each of those that have is doing), and a hint."""
-    why = [f"{node.name} is {_doing(node)}" for node in nodes if node.link is not NodeLink.LEFT and not node.willing]
-    if not why:
+    members = away(nodes, lambda _: None)
+    if not members:
         return "no node has joined", JOIN_HINT
-    more = f" and {len(why) - _NAMED} more" if len(why) > _NAMED else ""
-    return f"no node takes work yet: {', '.join(why[:_NAMED])}{more}", _WAIT_HINT
+    return f"no node takes work yet: {said_of(members)}", WAIT_HINT
 
 
 def _doing(node: NodeStatus) -> str:
@@ -39,16 +65,15 @@ def _doing(node: NodeStatus) -> str:
 
 def cluster_view(sessions: Sessions, among: Collection[NodeId]) -> ClusterView:
     """The connected nodes of `among`, taken as idle: who is busy is the scheduler's question, not the planner's."""
-    views = tuple(
-        NodeView(
-            node_id,
-            sessions[node_id].name,
-            sessions[node_id].capacity,
-            NodeLink.CONNECTED,
-            Eligibility.OK,
-            Activity.IDLE,
-        )
-        for node_id in sorted(among)
-        if node_id in sessions
-    )
-    return ClusterView(views)
+    here = [sessions[node_id] for node_id in sorted(among) if node_id in sessions]
+    return ClusterView(tuple(_idle(each.node_id, each.name, each.capacity) for each in here))
+
+
+def once_back(view: ClusterView, away: Iterable[Away]) -> ClusterView:
+    """The same with the members that take no work now, as they were when they were last here."""
+    known = [_idle(each.node_id, each.name, each.capacity) for each in away if each.capacity is not None]
+    return ClusterView((*view.nodes, *known))
+
+
+def _idle(node_id: NodeId, name: str, capacity: Capacity) -> NodeView:
+    return NodeView(node_id, name, capacity, NodeLink.CONNECTED, Eligibility.OK, Activity.IDLE)

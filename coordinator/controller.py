@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -33,6 +34,11 @@ log = Log("hive.coordinator.controller")
 
 T = TypeVar("T")
 EffectHandler = Callable[[e.Effect], None]
+
+
+@lru_cache(maxsize=1024)
+def _capacity(document: str) -> Capacity:
+    return documents.decode(Capacity, document)
 
 
 class Controller:
@@ -114,7 +120,7 @@ class Controller:
     def capacity(self, node_id: NodeId) -> Capacity | None:
         """What a member had when it was last here."""
         member = self._members.get(node_id)
-        return documents.decode(Capacity, member.capacity_json) if member and member.capacity_json else None
+        return _capacity(member.capacity_json) if member and member.capacity_json else None
 
     def progress(self, job_id: JobId) -> Mapping[str, Any] | None:
         """The newest progress of an unfinished job; None until its nodes report again after a restart."""

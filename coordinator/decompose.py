@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from protos.artifact import Manifest
 from protos.ids import Fence, JobId
-from protos.jobspec import JobSpec
+from protos.jobspec import JobSpec, entry_point
 from protos.plan import Plan
 from protos.work import Resume, Task, TaskKind
 
@@ -24,6 +24,7 @@ class Inputs:
     data: Manifest | None = None
     test: Manifest | None = None
     weights: Manifest | None = None
+    data_digest: str | None = None  # of the training data as the job was identified with them
 
 
 def collective_timeout_s(step_s: float) -> float:
@@ -37,6 +38,8 @@ def decompose(
     """In the order of the ranks; task i belongs to plan.subtasks[i].node_id."""
     subtasks = sorted(plan.subtasks, key=lambda subtask: subtask.rank)
     ranks = Counter(subtask.node_id for subtask in subtasks)
+    # what a function returns may differ from call to call; the ranks of a group compare it among themselves
+    data_digest = None if entry_point(spec.data.source) else inputs.data_digest
     samples = tuple(subtask.data_range[1] - subtask.data_range[0] for subtask in subtasks)
     return tuple(
         Task(
@@ -60,6 +63,7 @@ def decompose(
             test=inputs.test,
             weights=inputs.weights,
             resume=resume,
+            data_digest=data_digest,
         )
         for subtask in subtasks
     )

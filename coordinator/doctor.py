@@ -30,6 +30,7 @@ class Doctor:
     lan_problem: Callable[[], str]
     address: str
     started_s: float
+    advertise: bool = True
 
     async def checks(self) -> list[dict[str, Any]]:
         chain = await self._chain()
@@ -42,6 +43,7 @@ class Doctor:
         }
         machines = {session.capacity.machine_id for session in self.sessions.values()}
         problem = self.lan_problem()
+        announced = "announced" if self.advertise else "not announced (--no-advertise)"
         return [
             _check("running", True, f"{self.address}, since {time.time() - self.started_s:.0f} s"),
             chain,
@@ -63,9 +65,13 @@ class Doctor:
                 "one machine: loopback" if len(machines) < 2 else f"networks: {', '.join(sorted(networks)) or 'none'}",
                 "name the LAN on each machine: hive-node start --trusted-lan IFACE|CIDR",
             ),
-            _check("zeroconf", not problem, problem or "announced", "use --coordinator HOST:PORT on the nodes"),
+            _check("zeroconf", not problem, problem or announced, "use --coordinator HOST:PORT on the nodes"),
             _check("learning", True, self.learner.notes),
         ]
+
+    def lan_obstacle(self) -> str:
+        """Why there is nothing, or less, to see on the LAN; or nothing."""
+        return self.lan_problem() if self.advertise else "this coordinator does not look at the LAN (--no-advertise)"
 
     async def _chain(self) -> dict[str, Any]:
         try:

@@ -153,7 +153,7 @@ class Effects:
         if record.checkpoint_json:
             checkpoint = documents.decode(Checkpoint, record.checkpoint_json)
             resume = Resume(checkpoint.step, checkpoint.manifest)
-        inputs = Inputs(files.code, files.data, files.test, files.weights)
+        inputs = Inputs(files.code, files.data, files.test, files.weights, known.found.data.digest)
         tasks = decompose(job.plan, files.spec, effect.job_id, effect.fence, inputs, resume)
         task = next(task for task in tasks if task.rank == effect.rank)
         offer = work_pb2.Offer(task_json=documents.encode(task), ttl_s=limits.LEASE_TTL_S)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from coordinator.identify.confine import identify_file
-from coordinator.sessions import Sessions
+from coordinator.identify.confine import identify_file, usable_as_weights
+from coordinator.sessions import Session, Sessions
 from coordinator.submission import Submission
 from protos import documents
 from protos.errors import Blame, ErrorCode, HiveError, SpecError, Unreachable
@@ -46,16 +46,23 @@ class Identifier:
         self._build_s = build_s
         self._overruns: OrderedDict[str, int] = OrderedDict()
         self._blob = blob
-        self._known: OrderedDict[str, Identification] = OrderedDict()
+        self._known: OrderedDict[str, tuple[Identification, Session | None]] = OrderedDict()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def check_file(self, submission: Submission) -> None:
-        """Refuse at once a model file that hive cannot train. Raises SpecError (exit 3)."""
+        """Refuse at once a model file that hive cannot train or take weights from. Raises SpecError (exit 3)."""
         spec = submission.spec
-        if entry_point(spec.model.source) or submission.weights is None:
+        if submission.weights is None:
             return
-        entries = submission.weights.files
-        profile = await identify_file(self._blob(entries[0].digest))
+        profile = await identify_file(self._blob(submission.weights.files[0].digest))
+        if entry_point(spec.model.source):
+            if not usable_as_weights(profile):
+                raise SpecError(
+                    f"model.weights: {spec.model.weights} is {profile.format}, which holds no weights that hive loads",
+                    "give a .safetensors file, or a state dict written by torch.save",
+                    code=ErrorCode.MODEL_UNUSABLE,
+                )
+            return
         if not profile.trainable:
             message = f"{spec.model.source} is {profile.format} ({profile.family}, {profile.parameters:,} parameters)"
             raise SpecError(f"{message}: it cannot be trained as it is", profile.why_not, code=ErrorCode.MODEL_UNUSABLE)
@@ -73,17 +80,17 @@ class Identifier:
     async def _identify(
         self, key: str, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str
     ) -> Identification:
-        if key in self._known:
-            self._known.move_to_end(key)
-            return self._known[key]
+        if (known := self._recall(key, submission, nodes)) is not None:
+            return known
         data = (each.bytes for each in (submission.data, submission.test) if each is not None)
         build_s = self._build_s + sum(data) / _READ_BYTES_PER_S
         task = replace(submission.task(TaskKind.IDENTIFY, job_id), deadline_s=build_s)
         trouble = nobody
-        left = list(nodes)
+        left, unfit = list(nodes), list[Fault]()
         while left:
             node_id = min(left, key=self._sessions.open_tasks)  # of equal ones the first
             left.remove(node_id)
+            session = self._sessions.get(node_id)
             try:
                 outcome = await self._sessions.run_task(node_id, task, _BEFORE_S + build_s)
             except HiveError as error:
@@ -91,11 +98,15 @@ class Identifier:
                 continue
             if outcome.fault is None and outcome.document:
                 found = _understood(outcome.document)
-                self._remember(key, found)
+                self._remember(key, found, session)
                 return found
             if outcome.fault is not None and (not outcome.fault.retryable or self._again(key, outcome.fault)):
                 raise _refusal(_the_models_doing(outcome.fault))
+            if outcome.fault is not None and outcome.fault.reason is Reason.DATA_UNUSABLE:
+                unfit.append(outcome.fault)  # that node lacks the data: the next may have them
             trouble = outcome.fault.message if outcome.fault else "the node answered nothing"
+        if unfit and len(unfit) == len(nodes):
+            raise _refusal(unfit[0])
         raise Unreachable(
             f"the model cannot be identified yet: {trouble}",
             "start a node with hive-node start --token TOKEN (hive token create prints the command)",
@@ -110,8 +121,20 @@ class Identifier:
             self._overruns.popitem(last=False)
         return self._overruns[key] >= _OVERRUNS
 
-    def _remember(self, key: str, found: Identification) -> None:
-        self._known[key] = found
+    def _recall(self, key: str, submission: Submission, nodes: tuple[NodeId, ...]) -> Identification | None:
+        """What was found before. Data that come with Python or a package are those of the node that looked: what it
+        found counts while that node is connected as it was then."""
+        if key not in self._known:
+            return None
+        found, session = self._known[key]
+        if submission.data is None and session not in [self._sessions.get(node_id) for node_id in nodes]:
+            return None
+        self._known.move_to_end(key)
+        return found
+
+    def _remember(self, key: str, found: Identification, session: Session | None) -> None:
+        self._known[key] = found, session
+        self._known.move_to_end(key)
         self._overruns.pop(key, None)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from coordinator import connect
+from protos import machine_bounds
 from protos.errors import DeadlineExceeded, ErrorCode, HiveError, from_document
 
 _START_DEADLINE_S = 60.0
@@ -40,16 +41,14 @@ class Share:
     memory_bytes: int
 
 
-def equal_share(nodes: int, cores: int, memory_bytes: int) -> Share:
+def equal_share(nodes: int, cores: float, memory_bytes: int) -> Share:
     """The machine in equal parts, cores to the hundredth."""
     return Share(max(0.01, int(100 * cores / nodes) / 100), memory_bytes // nodes)
 
 
 def machine_share(nodes: int) -> Share:
-    """An equal part of the cores and memory this process may use."""
-    import psutil
-
-    return equal_share(nodes, len(os.sched_getaffinity(0)), psutil.virtual_memory().total)
+    """An equal part of the cores and memory this process may use, counted as the nodes count them."""
+    return equal_share(nodes, machine_bounds.available_cores(), machine_bounds.available_memory_bytes())
 
 
 @dataclass(slots=True)

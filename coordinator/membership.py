@@ -131,29 +131,36 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
     async def _read(self, session: Session, messages: Any, group: asyncio.TaskGroup) -> None:
         try:
             async for message in messages:
-                self._controller.heard(session.node_id)
-                body = message.WhichOneof("body")
-                match body:
-                    case "heartbeat":
-                        await self._heartbeat(session, message.heartbeat)
-                    case "durable":
-                        await self._durable(session, message.durable)
-                    case "store_call":
-                        self._begin_store_call(session, message.store_call, group)
-                    case "capacity_json":
-                        session.capacity = documents.decode(Capacity, message.capacity_json)
-                        await self._controller.describe_node(session.node_id, session.name, session.capacity)
-                    case "file_answer":
-                        self._sessions.answer_files(session.node_id, message.file_answer)
-                    case "task_result":
-                        self._sessions.answer_task(session.node_id, message.task_result)
-                    case "leaving":
-                        leaving = message.leaving
-                        await self._controller.post(e.NodeLeft(session.node_id, leaving.for_good, leaving.reason))
-                    case _:
-                        log.warning("unknown message", node=session.name, body=body)
+                await self.take(session, message, group)
         finally:
             session.close()
+
+    async def take(self, session: Session, message: pb.NodeMessage, group: asyncio.TaskGroup) -> None:
+        """One message of a stream. What a closed one still had in its buffer is out of date (its node may have said
+        hello on a newer one since) and is dropped: what must not be lost is in the node's spool and comes again."""
+        if session.closed:
+            return
+        self._controller.heard(session.node_id)
+        body = message.WhichOneof("body")
+        match body:
+            case "heartbeat":
+                await self._heartbeat(session, message.heartbeat)
+            case "durable":
+                await self._durable(session, message.durable)
+            case "store_call":
+                self._begin_store_call(session, message.store_call, group)
+            case "capacity_json":
+                session.capacity = documents.decode(Capacity, message.capacity_json)
+                await self._controller.describe_node(session.node_id, session.name, session.capacity)
+            case "file_answer":
+                self._sessions.answer_files(session.node_id, message.file_answer)
+            case "task_result":
+                self._sessions.answer_task(session.node_id, message.task_result)
+            case "leaving":
+                leaving = message.leaving
+                await self._controller.post(e.NodeLeft(session.node_id, leaving.for_good, leaving.reason))
+            case _:
+                log.warning("unknown message", node=session.name, body=body)
 
     async def _heartbeat(self, session: Session, beat: pb.Heartbeat) -> None:
         session.send(pb.CoordinatorMessage(echo=pb.HeartbeatEcho(number=beat.number, sent_s=beat.sent_s)))

@@ -1,7 +1,8 @@
 """Between the control loop's question "where can this job run now" and the planner's answer.
 
-Owns what is waiting and what is refusal: a job waits for nodes that are busy or too few, and is refused when no change
-of that kind would help. A question that was just answered with no is not asked again until something changed.
+Owns what is waiting and what is refusal: a job waits for nodes that are busy, too few, or away (just after a restart of
+the coordinator all are), and is refused when none of them would help. A question that was just answered with no is not
+asked again until something changed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator import planner
-from coordinator.cluster import JOIN_HINT, cluster_view
+from coordinator.cluster import JOIN_HINT, WAIT_HINT, Away, cluster_view, once_back, said_of
 from coordinator.control.events import Unplaced
 from coordinator.learning import Learner
 from coordinator.sessions import Sessions
@@ -36,12 +37,18 @@ class Known:
 
 class Placement:
     def __init__(
-        self, sessions: Sessions, learner: Learner, rng: random.Random, nobody: Callable[[], tuple[str, str]]
+        self,
+        sessions: Sessions,
+        learner: Learner,
+        rng: random.Random,
+        nobody: Callable[[], tuple[str, str]],
+        away: Callable[[], tuple[Away, ...]],
     ) -> None:
         self._sessions = sessions
         self._learner = learner
         self._rng = rng
         self._nobody = nobody  # why no node takes work, and a hint
+        self._away = away  # members that take no work now
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
 
@@ -77,7 +84,8 @@ class Placement:
         known = self._jobs.get(job_id)
         if known is None:
             return _broken("what was found out about its model cannot be read by this version", "submit it again")
-        situation = (idle, willing, holders, tuple(self._sessions[n].capacity for n in idle if n in self._sessions))
+        capacities = tuple(self._sessions[n].capacity for n in idle if n in self._sessions)
+        situation = (idle, willing, holders, capacities, tuple((each.node_id, each.doing) for each in self._away()))
         refused = self._refused.get(job_id)
         if refused is not None and refused[0] == situation:
             return refused[1]
@@ -116,6 +124,12 @@ class Placement:
             if too_few or previous is not None:
                 message = f"needs {_needed(spec)} nodes, {len(willing)} take work" if too_few else error.message
                 return Unplaced(message, JOIN_HINT if too_few else error.hint, False, Reason.WAITING_FOR_NODES)
+            missing = self._away()
+            if any(each.capacity is None for each in missing) or planner.placeable_when_idle(
+                spec, found.profile, found.data, once_back(everyone, missing)
+            ):
+                message = f"fits none of the nodes that take work now, and waits: {said_of(missing)}"
+                return Unplaced(message, WAIT_HINT, False, Reason.WAITING_FOR_NODES)
             return Unplaced(error.message, error.hint, True, Reason.NO_PLACEMENT)
 
 

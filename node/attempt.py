@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from node.exit_report import ExitReport
 from node.faults import CannotWork, failed_outcome, stopped_outcome
+from node.networks import LOOPBACK
 from node.runner import Runner
 from node.store_calls import StoreCalls
 from node.transfers import Transfers
@@ -49,16 +50,23 @@ class Place:
     interface: str
     cores: float
     gpus: tuple[DeviceInfo, ...]
+    max_upload_bytes_per_s: float | None = None
 
     @classmethod
     def of(cls, task: Task, node_name: str, capacity: Capacity) -> Place:
         # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
         address = next((n.address for n in capacity.networks if n.cidr == task.network), "")
-        return cls(node_name, address, capacity.cores, capacity.gpus)
+        return cls(node_name, address, capacity.cores, capacity.gpus, capacity.max_upload_bytes_per_s)
 
     def threads(self, task: Task) -> int:
         """The cores are shared by the job's ranks on this node."""
         return max(1, round(self.cores / max(1, task.ranks_here)))
+
+    def upload_bytes_per_s(self, task: Task) -> float | None:
+        """What this rank may send to the others, None without a cap: the ranks here share it. Loopback is no upload."""
+        if self.max_upload_bytes_per_s is None or task.network == LOOPBACK.cidr:
+            return None
+        return self.max_upload_bytes_per_s / max(1, task.ranks_here)
 
     def device(self, task: Task) -> str:
         """The granted GPU of this rank. Raises Conflict when it was there when the job was planned and is not now."""
@@ -141,7 +149,14 @@ class Attempt:
         workspace = await self._unless(self._tools.workspaces.prepare(self.task), *StopMode)
         try:
             self._handle = await self._tools.runner.start(
-                self.task, workspace, place.interface, place.threads(self.task), device, place.node_name, self
+                self.task,
+                workspace,
+                place.interface,
+                place.threads(self.task),
+                device,
+                place.node_name,
+                self,
+                place.upload_bytes_per_s(self.task),
             )
         except HiveError as error:
             self._listener.unable(CannotWork.of(error))

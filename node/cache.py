@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from node.known_files import KnownFiles
 from protos.artifact import FileEntry, Manifest, check_digest, check_manifest, digest_bytes
-from protos.errors import ErrorCode, HiveError, NotFound
+from protos.errors import Blame, ErrorCode, HiveError, NotFound
 from protos.ids import Digest
 from protos.partial_file import disk_error
 
@@ -126,8 +126,9 @@ class BlobCache:
                 if entry.origin:
                     raise NotFound(
                         f"{entry.path} is neither stored nor, as it was, at {entry.origin} on this machine",
-                        "it was changed or moved after the job was submitted: submit the job again",
+                        "let this machine see that path too; if the file was changed or moved, submit the job again",
                         code=ErrorCode.DATA_UNUSABLE,
+                        blame=Blame.NODE,  # another one may see the path
                     ) from error
                 raise
             if path.stat().st_size != entry.bytes:

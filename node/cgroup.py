@@ -1,7 +1,7 @@
-"""Linux control groups: where ours is, a CPU quota below it, and what a container around us leaves of cores and memory.
+"""Linux control groups: a CPU quota below ours. Where ours is and what bounds it: `protos.machine_bounds`.
 
-Owns: finding the writable place (v2 and v1), groups named `hive-PID-STARTTIME-NUMBER`, removal of those whose daemon is
-dead. Refuses to touch any other group. Parsing is pure; every class and function that writes raises OSError.
+Owns: groups named `hive-PID-STARTTIME-NUMBER`, removal of those whose daemon is dead. Refuses to touch any other group.
+Every class and function that writes raises OSError.
 """
 
 from __future__ import annotations
@@ -12,59 +12,15 @@ import itertools
 import os
 import re
 import signal
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from node import process_tree
+from protos.machine_bounds import Place
 
 PERIOD_US = 100_000
 MINIMUM_QUOTA_US = 1_000  # the kernel's own lower bound
 _NAME = re.compile(r"^hive-(?P<pid>\d+)-(?P<start>\d+)-\d+$")
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The folder of the group this process is in, in the hierarchy that carries one controller."""
-
-    version: int  # 1 | 2
-    folder: Path
-
-
-def find_place(controller: str, mountinfo: str, membership: str) -> tuple[Place | None, Place | None]:
-    """(v2, v1) places of a controller, from /proc/self/mountinfo and /proc/self/cgroup. Pure."""
-    paths: dict[str, str] = {}
-    for line in membership.splitlines():
-        number, controllers, path = line.split(":", 2)
-        for name in controllers.split(",") if number != "0" else [""]:
-            paths[name] = path
-    found: dict[int, Place] = {}
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        if kind[0] == "cgroup2" and "" in paths:
-            found.setdefault(2, Place(2, _below(fields[4], fields[3], paths[""])))
-        elif kind[0] == "cgroup" and controller in kind[2].split(",") and controller in paths:
-            found.setdefault(1, Place(1, _below(fields[4], fields[3], paths[controller])))
-    return found.get(2), found.get(1)
-
-
-def _below(mount: str, root: str, path: str) -> Path:
-    """A container sees its own group mounted as the root: the part of the path above it is not there."""
-    try:
-        relative = PurePosixPath(path).relative_to(root)
-    except ValueError:
-        relative = PurePosixPath()
-    return Path(mount) / relative
-
-
-def places(controller: str) -> tuple[Place | None, Place | None]:
-    try:
-        return find_place(controller, Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-    except (OSError, ValueError):
-        return None, None
 
 
 class CpuGroup:
@@ -144,35 +100,3 @@ def remove_stale(folder: Path) -> list[str]:
             group.rmdir()
             removed.append(group.name)
     return removed
-
-
-def inherited_cpus() -> float | None:
-    """The CPU quota of the container or service around us, in cores; None when there is none."""
-    second, first = places("cpu")
-    found: list[float] = []
-    if second is not None:
-        for folder in (second.folder, *second.folder.parents):
-            with contextlib.suppress(OSError, ValueError):
-                quota, period = (folder / "cpu.max").read_text().split()
-                found.append(float(quota) / float(period))  # "max" is no number: no bound
-    if first is not None:
-        with contextlib.suppress(OSError, ValueError):
-            quota_us = int((first.folder / "cpu.cfs_quota_us").read_text())
-            period_us = int((first.folder / "cpu.cfs_period_us").read_text())
-            if quota_us > 0:
-                found.append(quota_us / period_us)
-    return min(found, default=None)
-
-
-def inherited_memory_bytes() -> int | None:
-    """The memory bound of the container or service around us; None when there is none."""
-    second, first = places("memory")
-    found: list[int] = []
-    if second is not None:
-        for folder in (second.folder, *second.folder.parents):
-            with contextlib.suppress(OSError, ValueError):
-                found.append(int((folder / "memory.max").read_text()))
-    if first is not None:
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int((first.folder / "memory.limit_in_bytes").read_text()))
-    return min(found, default=None)

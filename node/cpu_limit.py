@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from node import cgroup, duty_cycle
+from protos import machine_bounds
 
 Roots = Callable[[], Sequence[int]]
 
@@ -88,7 +89,7 @@ async def choose(cpus: float | None, available: float, among: Sequence[str] = ("
     if cpus is None or cpus >= available:
         return NoLimit(f"no CPU cap below this machine's {available:g} cores is asked for")
     refused: list[str] = []
-    second, first = cgroup.places("cpu")
+    second, first = machine_bounds.places("cpu")
     for name, place in (("cgroup2", second), ("cgroup1", first)):
         if name not in among:
             continue
@@ -105,7 +106,7 @@ async def choose(cpus: float | None, available: float, among: Sequence[str] = ("
     return DutyLimit(cpus, f"{cpus:g} cores by stopping and continuing workers ({'; '.join(refused)})")
 
 
-async def _tried(place: cgroup.Place, cpus: float) -> cgroup.CpuGroup:
+async def _tried(place: machine_bounds.Place, cpus: float) -> cgroup.CpuGroup:
     """A group that a process of ours could join. Raises OSError otherwise, leaving nothing."""
     group = cgroup.CpuGroup(place, cpus)
     try:

@@ -31,7 +31,7 @@ from node.spool import Spool
 from node.store_calls import StoreCalls
 from node.transfers import Transfers
 from node.workspace import Workspaces
-from protos import documents, enrol, version
+from protos import documents, enrol, machine_bounds, version
 from protos.artifact import Manifest
 from protos.capacity import Capacity
 from protos.errors import Conflict, HiveError
@@ -109,7 +109,7 @@ class Daemon:
     async def open(cls, config: NodeConfig, stack: contextlib.AsyncExitStack) -> Daemon:
         folder = config.home / "node"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        runner = await make_runner(config.caps, folder / "work", probe.available_cores())
+        runner = await make_runner(config.caps, folder / "work", machine_bounds.available_cores())
         stack.push_async_callback(runner.close)
         found = probe.probe(config.home, config.caps, config.trusted_lan, runner.cpu_limit.mechanism)
         for note in found.notes:

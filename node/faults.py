@@ -26,7 +26,10 @@ _REASONS = {
 
 def failed_outcome(error: HiveError) -> Outcome:
     reason, blame, retryable = _REASONS.get(error.code, (Reason.INTERNAL, Blame.NODE, True))
-    fault = Fault(reason, error.blame or blame, error.message, error.hint, retryable=retryable)
+    blame = error.blame or blame
+    if reason is Reason.DATA_UNUSABLE and blame is Blame.NODE:  # another machine may see the data
+        retryable = True
+    fault = Fault(reason, blame, error.message, error.hint, retryable=retryable)
     return Outcome(AttemptState.FAILED, fault=fault)
 
 

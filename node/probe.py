@@ -19,9 +19,10 @@ from typing import TypeVar
 import blake3
 import psutil
 
-from node import cgroup, networks
+from node import networks
 from node.limits import Caps
 from protos.capacity import Capacity, DeviceInfo
+from protos.machine_bounds import available_cores, available_memory_bytes
 
 T = TypeVar("T")
 DEFAULT_MEMORY_SHARE = 0.8
@@ -98,20 +99,6 @@ def attempt(what: str, find: Callable[[], T], otherwise: T, notes: list[str]) ->
     except Exception as error:  # a driver, a kernel or a container may fail in any way: the node still works
         notes.append(f"{what}: {type(error).__name__}: {error}")
         return otherwise
-
-
-def available_cores() -> float:
-    """Cores that processes started here could use: affinity, and the quota of a container or service around us."""
-    allowed = float(len(os.sched_getaffinity(0)))
-    quota = cgroup.inherited_cpus()
-    return allowed if quota is None else min(allowed, quota)
-
-
-def available_memory_bytes() -> int:
-    """Memory of the machine, or of the container around us."""
-    total: int = psutil.virtual_memory().total
-    bound = cgroup.inherited_memory_bytes()
-    return total if bound is None else min(total, bound)
 
 
 def machine_id(notes: list[str]) -> str:

@@ -83,6 +83,7 @@ class Runner:
         device: str,
         node_name: str,
         handler: WorkerHandler,
+        max_upload_bytes_per_s: float | None = None,
     ) -> WorkerHandle:
         """A worker that runs the task now. Raises HiveError when no worker can be started; then nothing was called."""
         workspace.output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,7 @@ class Runner:
             "threads": threads,
             "device": inner_device,
             "node_name": node_name,
+            "max_upload_bytes_per_s": max_upload_bytes_per_s,
         }
         first = Frame(header, documents.encode(task))
         async with self._starting:

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from node.token_bucket import TokenBucket
 from protos import dial, transfer
 from protos.artifact import Artifact, FileEntry, Manifest, digest_file
 from protos.credentials import Credential
@@ -23,6 +22,7 @@ from protos.errors import TABLE, ErrorCode, HiveError, SpecError
 from protos.gen import artifacts_pb2_grpc, membership_pb2_grpc
 from protos.gen import membership_pb2 as pb
 from protos.ids import Digest
+from protos.token_bucket import TokenBucket
 
 _BURST_S = 0.5
 _PROBE_BYTES = 1024 * 1024

@@ -54,6 +54,7 @@ class Task:
     test: Manifest | None = None
     weights: Manifest | None = None
     resume: Resume | None = None
+    data_digest: str | None = None  # of the opened training data when the job was identified; None: not compared
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,3 +76,4 @@ class TaskContext:
     threads: int
     device: str  # "cpu" or "cuda:N"
     node_name: str
+    max_upload_bytes_per_s: float | None = None  # of this rank to the others: its share of what the owner allows

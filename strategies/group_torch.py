@@ -1,9 +1,10 @@
 """The process group of one attempt: gloo (or nccl when every rank has a GPU), made for one fence and thrown away after
 any failure.
 
-Owns creation, the few collectives the strategies use, the count of bytes they send, and `break_group`, which makes a
-hanging collective fail at once by shutting down the group's sockets. Refuses retries: after a failed collective the
-group is poisoned, so every failure raises PeerLost and the attempt ends. No `*_object` collective, no pickle.
+Owns creation, the few collectives the strategies use, the count of bytes they send, the bound on them (`upload`: a
+collective starts when the owner's cap allows its bytes), and `break_group`, which makes a hanging collective fail at
+once by shutting down the group's sockets. Refuses retries: after a failed collective the group is poisoned, so every
+failure raises PeerLost and the attempt ends. No `*_object` collective, no pickle.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from protos.errors import DeadlineExceeded
+from protos.token_bucket import TokenBucket
 from strategies.context import TaskContext
 from strategies.faults_torch import PeerLost
 from strategies.store_torch import ChannelStore
 
 BROADCAST_CHUNK_BYTES = 16 * 1024 * 1024
+UPLOAD_BURST_S = 0.5  # what a capped group may send at once after an idle time, in seconds of its rate
 _ABANDONED: list[object] = []  # what a broken group may still write into: must outlive the IO threads
 
 
@@ -63,6 +66,8 @@ class Group:
     bytes_sent: int = 0
     sync_s: float = 0.0
     broken: threading.Event = field(default_factory=threading.Event)
+    upload: TokenBucket | None = None
+    clock: Callable[[], float] = time.monotonic
     _sockets: frozenset[tuple[int, int]] | None = None
     _before: frozenset[tuple[int, int]] | None = None  # None: not being made yet
 
@@ -76,7 +81,7 @@ class Group:
             return Pending(self, _Finished(), tensor)
         options = dist.AllreduceOptions()
         options.reduceOp = operation
-        self._count(tensor)
+        self._sends(2 * (self.world_size - 1) * _size(tensor) // self.world_size)  # around a ring
         return Pending(self, self._start(lambda: self.backend.allreduce([tensor], options), tensor), tensor)
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
@@ -85,7 +90,7 @@ class Group:
         options = dist.BroadcastOptions()
         options.rootRank = source
         options.rootTensor = 0
-        self._count(tensor)
+        self._sends(broadcast_sends((self.rank - source) % self.world_size, self.world_size) * _size(tensor))
         Pending(self, self._start(lambda: self.backend.broadcast([tensor], options), tensor), tensor).wait()
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -93,7 +98,7 @@ class Group:
         if self.backend is None:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        self._count(tensor)
+        self._sends((self.world_size - 1) * _size(tensor))
         Pending(self, self._start(lambda: self.backend.allgather([gathered], [tensor]), gathered), tensor).wait()
         return gathered
 
@@ -179,14 +184,29 @@ class Group:
         except RuntimeError as error:
             raise self.lost(error, keep) from error
 
-    def _count(self, tensor: torch.Tensor) -> None:
-        """A ring all-reduce sends 2(n-1)/n of its bytes from each rank; broadcasts and gathers are at most that."""
-        self.bytes_sent += 2 * (self.world_size - 1) * tensor.numel() * tensor.element_size() // self.world_size
+    def _sends(self, n_bytes: int) -> None:
+        """Counts what this rank sends in the collective that follows, and waits until the owner's cap allows it."""
+        self.bytes_sent += n_bytes
+        if self.upload is None:
+            return
+        started = self.clock()
+        wait_s = self.upload.take(n_bytes, started)
+        if wait_s > 0:
+            broken = self.broken.wait(wait_s)
+            self.sync_s += self.clock() - started
+            if broken:
+                raise self.lost(RuntimeError("the group was broken while this rank waited for its upload cap"))
 
 
 class _Finished:
     def wait(self) -> None:
         return None
+
+
+def broadcast_sends(position: int, ranks: int) -> int:
+    """How often the rank `position` places after the source sends the tensor: gloo's is a binomial tree."""
+    bits = range((ranks - 1).bit_length())
+    return sum(1 for bit in bits if position % 2 ** (bit + 1) == 0 and position + 2**bit < ranks)
 
 
 def single() -> Group:
@@ -202,6 +222,9 @@ def connect(context: TaskContext, group: Group) -> Group:
     task = context.task
     if task.world_size == 1:
         return group
+    rate = context.max_upload_bytes_per_s
+    if rate is not None:
+        group.upload = TokenBucket(rate, rate * UPLOAD_BURST_S, group.clock())
     store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
     before = group._before = _tcp_sockets()
@@ -269,6 +292,10 @@ def _tcp_sockets() -> frozenset[tuple[int, int]]:
                 if inet and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     found.add((descriptor, os.fstat(descriptor).st_ino))
     return frozenset(found)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

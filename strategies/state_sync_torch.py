@@ -8,6 +8,7 @@ read: different data on one rank would train a different model in silence.
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from protos.artifact import digest_bytes
-from protos.errors import ErrorCode, SpecError
+from protos.errors import Blame, ErrorCode, SpecError
 from strategies import checkpoint_torch
 from strategies.checkpoint_torch import TrainingState
+from strategies.context import TaskContext
 from strategies.group_torch import Group
 
 _RANKS = 1 << 16
@@ -32,6 +34,24 @@ class Start:
     samples: int
     source: int
     skipped: tuple[str, ...]
+
+
+def check_identified(context: TaskContext, digest: str) -> None:
+    """Raises SpecError, the node's fault, when it would train on other rows than the job was identified with."""
+    expected, source = context.task.data_digest, context.task.spec.data.source
+    if expected is None or digest == expected:
+        return
+    hint = "let every node have the same files"
+    if source.startswith("builtin:"):
+        package = "the same Python release" if source == "builtin:stdlib" else "the same release of scikit-learn"
+        hint = f"its content depends on what is installed: let every node have {package}"
+    raise SpecError(
+        f"{source} on {context.node_name} differs from the data the job was identified with "
+        f"(digest {digest[:12]} instead of {expected[:12]}; Python {platform.python_version()} here)",
+        f"{hint}, or give the data as a file; a job submitted again takes the data of the nodes that are there",
+        code=ErrorCode.DATA_UNUSABLE,
+        blame=Blame.NODE,
+    )
 
 
 def agree_on_data(group: Group, digest: str, rows: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from protos.artifact import Artifact, digest_file
-from protos.errors import ErrorCode, SpecError
+from protos.errors import Blame, ErrorCode, SpecError
 from protos.jobspec import JobSpec
 from protos.states import AttemptState, StopMode
 from protos.work import Metrics, Outcome, Usage
@@ -38,7 +38,7 @@ from strategies.optimizer_torch import build_optimizer, learning_rate, named_tra
 from strategies.reporter_torch import Reporter, Totals
 from strategies.sample_order import steps as steps_per
 from strategies.single_node_torch import LocalSync, Sync
-from strategies.state_sync_torch import agree_on_data, synchronise
+from strategies.state_sync_torch import agree_on_data, check_identified, synchronise
 
 STOP_GRACE_S = 0.3  # a broken collective may be the first sign of a stop request that is still on its way
 
@@ -106,6 +106,7 @@ def prepare(context: TaskContext, group: Group) -> Run:
     torch.set_num_threads(max(context.threads, 1))
     device = torch.device(context.device)
     train_data, test_data = open_data(context)
+    check_identified(context, train_data.digest)
     loss = Loss(spec.train.loss, workspace.code_dir)
     model = build(spec.model, workspace.code_dir, workspace.weights_path, spec.train.seed).to(device)
     optimizer = build_optimizer(spec.train.optimizer, model)
@@ -352,6 +353,9 @@ def open_data(context: TaskContext) -> tuple[Dataset, Dataset | None]:
             loss=spec.train.loss,
         )
     except SpecError as error:
+        if isinstance(error.__context__, ImportError):  # a package that other nodes may have
+            error.blame = Blame.NODE
+            error.hint = f"{error.hint} (a package may be missing on {context.node_name} only)"
         raise DataUnusable("opening the data") from error
     return splits.train, splits.test
 

@@ -21,7 +21,7 @@ def nodes(lan: bool, as_json: bool) -> None:
     click.echo(render.nodes(document["nodes"]))
     if lan:
         click.echo()
-        click.echo(render.lan(document.get("lan") or []))
+        click.echo(render.lan(document.get("lan") or [], document.get("lan_problem") or ""))
 
 
 @click.group()

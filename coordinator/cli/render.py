@@ -197,10 +197,11 @@ def _gigaflops(flops: Mapping[str, Any]) -> str | None:
     return None if rate is None else number(float(rate) / 1e9, 3)
 
 
-def lan(rows: list[dict[str, Any]]) -> str:
+def lan(rows: list[dict[str, Any]], problem: str = "") -> str:
+    """Machines seen that have not joined. `problem`: why the coordinator sees nothing, or not all."""
     waiting = [row for row in rows if not row.get("joined")]
     if not waiting:
-        return "no other machines on this LAN announce themselves"
+        return printable(problem) or "no other machines on this LAN announce themselves"
     cells = [
         (
             row.get("name"),
@@ -213,7 +214,8 @@ def lan(rows: list[dict[str, Any]]) -> str:
         )
         for row in waiting
     ]
-    return table(["SEEN, NOT JOINED", "ADDRESS", "CORES", "MEMORY", "GPU", "GFLOP/S", "TO JOIN, TYPE THERE"], cells)
+    headers = ["SEEN, NOT JOINED", "ADDRESS", "CORES", "MEMORY", "GPU", "GFLOP/S", "TO JOIN, TYPE THERE"]
+    return "\n".join(filter(None, (table(headers, cells), printable(problem))))
 
 
 def checks(rows: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import shutil
 import signal
 import sys
@@ -154,10 +155,18 @@ def _told(job: dict[str, Any], folder: Path, lines: list[str], seconds: float, j
         say("\nload the model with plain torch:")
         say("\n".join(f"  {line}" for line in lines))
     say("\nwhat to type next:")
+    for line in activation():
+        say(line)
     say("  hive up --nodes 3                    the same, left running; or, on several machines:")
     say("  hive coordinator start               on one: prints the command for the others")
     say(f"  hive submit {job_file} --wait")
     return 0
+
+
+def activation() -> list[str]:
+    """What makes `hive` a command of this shell, where it is none: installed into a virtual environment not active."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return [f"  . {shlex.quote(str(script))}"] if shutil.which("hive") is None and script.is_file() else []
 
 
 def _fresh(folder: Path) -> Path:

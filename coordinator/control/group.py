@@ -10,6 +10,7 @@ from coordinator.control.transitions import end, to
 from protos.errors import Blame
 from protos.ids import JobId
 from protos.states import ATTEMPT_TRANSITIONS, AttemptState, JobState, Reason, StopMode
+from protos.work import Fault
 
 Effects = list[e.Effect]
 
@@ -79,9 +80,14 @@ def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: T
         return ended, [*stops, e.CloseRendezvous(job.job_id, job.fence), e.Finish(job.job_id)]
     if fault is None:
         return _recover(job, Reason.PEER_LOST, f"rank {event.rank} failed", now_s, timing)
-    if fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY):
+    if _elsewhere(fault):
         job = replace(job, avoid=job.avoid | {event.node_id})
     return _recover(job, fault.reason, fault.message, now_s, timing, fault.hint)
+
+
+def _elsewhere(fault: Fault) -> bool:
+    """Whether a retryable fault lies in what this node has or lacks: disk, memory, the job's data."""
+    return fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY, Reason.DATA_UNUSABLE)
 
 
 def _recover(
@@ -153,10 +159,10 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
 
 
 def _blame(job: JobView) -> Blame:
-    for attempt in job.attempts:
-        if attempt.outcome and attempt.outcome.fault:
-            return attempt.outcome.fault.blame
-    return Blame.NODE
+    """Of the fault that the job names; the other ranks were only asked to stop."""
+    faults = [attempt.outcome.fault for attempt in job.attempts if attempt.outcome and attempt.outcome.fault]
+    named = [fault for fault in faults if fault.reason is job.reason]
+    return next((fault.blame for fault in [*named, *faults]), Blame.NODE)
 
 
 def offers_again(job: JobView, ranks: list[int]) -> Effects:

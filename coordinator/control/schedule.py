@@ -32,6 +32,10 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
             continue
         previous = job.plan.strategy if job.plan else None
         better = tuple(node_id for node_id in idle if node_id not in job.avoid)
+        if not better and any(node_id not in job.avoid for node_id in state.willing()):
+            why = "nodes that could not have it before are idle, the others are busy with earlier jobs"
+            state = state.with_job(_waits(job, Reason.WAITING_FOR_BUSY_NODES, why))
+            continue
         placed = plan_for(job.job_id, better or idle, state.willing(), _holders(job, better or idle), previous)
         if isinstance(placed, e.Unplaced) and better and better != idle:  # only the avoided ones can have it
             placed = plan_for(job.job_id, idle, state.willing(), _holders(job, idle), previous)

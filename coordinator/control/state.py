@@ -106,7 +106,7 @@ class JobView:
     plan: Plan | None = None
     attempts: tuple[AttemptView, ...] = ()
     held: tuple[Held, ...] = ()
-    avoid: frozenset[NodeId] = frozenset()  # nodes that had too little disk or memory for it
+    avoid: frozenset[NodeId] = frozenset()  # nodes that lacked what it needs: disk, memory, data, packages
     trail: tuple[Transition, ...] = ()  # states entered since the last write, the current one last
 
     @property

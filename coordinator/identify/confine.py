@@ -19,7 +19,6 @@ from coordinator.identify.parse import WEIGHT_FORMATS
 from coordinator.identify.tensors import unusable
 from protos import documents
 from protos.errors import HiveError, NotFound, SpecError, from_document
-from protos.jobspec import entry_point
 from protos.model import ModelProfile
 
 DEADLINE_S = 30.0
@@ -27,11 +26,6 @@ MAX_ANSWER_BYTES = 2 * 1024 * 1024
 # -I ignores the caller's path and variables; the one folder it needs is handed over, installed or not
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from coordinator.identify.child import main; main()"
 _TOO_MUCH = "the file asks for more memory or time than a model file may; write it again, e.g. as safetensors"
-
-
-def needs_node(source: str) -> bool:
-    """True for model.source of the form FILE.py:FUNCTION: only a worker may run the user's code."""
-    return entry_point(source) is not None
 
 
 def usable_as_weights(profile: ModelProfile) -> bool:

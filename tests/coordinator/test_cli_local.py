@@ -148,6 +148,16 @@ def test_doctor_tells_of_both_sides(here: Path, capsys: pytest.CaptureFixture[st
     assert checks["nodes"] is False
 
 
+def test_a_coordinator_that_keeps_off_the_lan_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = hive(capsys, "doctor")
+    zeroconf = next(check for check in document["checks"] if check["name"] == "zeroconf")
+    assert (zeroconf["ok"], zeroconf["message"]) == (True, "not announced (--no-advertise)")
+    assert run(cli, "hive", ["nodes", "--lan"]) == 0
+    said = capsys.readouterr().out
+    assert "this coordinator does not look at the LAN (--no-advertise)" in said
+    assert "no other machines" not in said
+
+
 def test_a_token_gives_another_machine_its_role_and_nothing_more(
     running: tuple[Path, dict[str, Any]],
     here: Path,

@@ -273,6 +273,39 @@ def test_a_node_whose_disk_was_full_is_avoided_while_another_is_free() -> None:
     assert [attempt.node_id for attempt in bench.job().attempts] == ["b"]
 
 
+NO_DATA = Fault(Reason.DATA_UNUSABLE, Blame.NODE, "x.npz is not at /share/x.npz", "mount it", retryable=True)
+
+
+def test_a_node_that_does_not_see_the_data_is_avoided_and_the_job_goes_on_where_they_are() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    bench.progress(5)
+    bench.connect("c")
+    bench.do(e.NodeLeft(NodeId("b"), False, "killed"))
+    bench.fail(0, held=5)
+    bench.wait(TIMING.backoff_s(0) + 1.0, heard=("a", "c"))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a", "c"]
+    bench.size = 1
+    assert stops(bench.fail(1, fault=NO_DATA)) == [("a", 2, "hold")]
+    bench.fail(0, held=5)
+    assert NO_DATA.message in bench.job().message
+    bench.wait(TIMING.backoff_s(1) + 1.0, heard=("a", "c"))
+    bench.ready()
+    assert (bench.job().state, [attempt.node_id for attempt in bench.job().attempts]) == (JobState.RUNNING, ["a"])
+
+
+def test_data_that_no_node_sees_end_the_job_with_what_is_missing() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    for tries in range(TIMING.retries + 1):
+        bench.fail(1, fault=NO_DATA)
+        bench.fail(0)  # it was asked to hold
+        bench.wait(TIMING.backoff_s(tries) + 1.0, heard=("a", "b"))
+    job = bench.job()
+    assert (job.state, job.reason, job.blame) == (JobState.FAILED, Reason.RETRIES_EXHAUSTED, Blame.NODE)
+    assert NO_DATA.message in job.message and job.hint == "mount it"
+
+
 def test_what_used_up_the_retries_keeps_its_advice() -> None:
     bench = Bench()
     bench.running("a")

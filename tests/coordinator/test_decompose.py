@@ -41,6 +41,13 @@ def test_every_rank_gets_the_whole_split_and_its_own_accumulation_in_rank_order(
         assert documents.decode(Task, documents.encode(task)) == task
 
 
+def test_the_ranks_are_told_which_data_were_identified_but_not_of_a_function() -> None:
+    inputs = Inputs(data_digest="ab")
+    assert {task.data_digest for task in decompose(plan(), spec(), JobId("j-1"), Fence(1), inputs)} == {"ab"}
+    function = parse({"model": {"source": "m.py:f"}, "data": {"source": "d.py:load"}, "train": {"batch_size": 64}})
+    assert {task.data_digest for task in decompose(plan(), function, JobId("j-1"), Fence(1), inputs)} == {None}
+
+
 @pytest.mark.parametrize(("step_s", "timeout_s"), [(0.001, 10.0), (1.0, 10.0), (3.0, 30.0), (600.0, 60.0)])
 def test_a_collective_waits_for_ten_steps_within_bounds(step_s: float, timeout_s: float) -> None:
     assert collective_timeout_s(step_s) == timeout_s

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import torch
 from test_planner import DATA, job, model
 
 from coordinator.identification import Identifier, Refusal
@@ -117,6 +118,40 @@ def test_what_the_user_must_change_is_refused_by_the_first_that_says_so(tmp_path
     run(tmp_path, body)
 
 
+def test_a_node_without_the_data_is_passed_over_and_a_refusal_only_when_every_node_is(tmp_path: Path) -> None:
+    lacks = failed(Reason.DATA_UNUSABLE, Blame.NODE, retryable=True)
+
+    async def body(house: House) -> None:
+        a, b = house.node("a", lacks), house.node("b", lacks)
+        with pytest.raises(Refusal, match="it did not work") as refused:
+            await house.identify(a, b)
+        assert (refused.value.reason, refused.value.blame) == (Reason.DATA_UNUSABLE, Blame.NODE)
+        assert refused.value.hint == "mend it" and house.asked == ["a", "b"]
+        with pytest.raises(Unreachable):  # one that has not said may have the data
+            await house.identify(a, house.node("gone", None))
+        assert await house.identify(a, house.node("c", KNOWS)) == FOUND
+
+    run(tmp_path, body)
+
+
+def test_data_that_come_with_a_node_are_looked_at_again_when_that_node_is_not_there(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        a, b = house.node("a", KNOWS), house.node("b", KNOWS)
+        for _ in range(2):
+            await house.identify(a, b)
+        await house.identify(b)
+        assert house.asked == ["a", "b"]
+        house.node("b", KNOWS)  # it started again, perhaps with another Python
+        await house.identify(b)
+        assert house.asked == ["a", "b", "b"]
+        files = Submission(job(), None, Manifest((FileEntry("x.npz", digest_bytes(b"x"), 1),)), None, None)
+        await house.identify(a, submission=files)
+        await house.identify(b, submission=files)
+        assert house.asked == ["a", "b", "b", "a"]
+
+    run(tmp_path, body)
+
+
 def test_an_answer_that_cannot_be_read_is_a_refusal_and_not_asked_for_again_and_again(tmp_path: Path) -> None:
     async def body(house: House) -> None:
         other = house.node("a", Outcome(AttemptState.DONE, document='{"shape": "unknown"}'))
@@ -147,6 +182,19 @@ def test_a_model_file_that_cannot_be_trained_is_refused_at_the_door(tmp_path: Pa
         with pytest.raises(SpecError):
             await house.identifier.check_file(submission)
         await house.identifier.check_file(SUBMISSION)
+
+    run(tmp_path, body)
+
+
+def test_weights_that_hold_none_are_refused_at_the_door(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+        content = (tmp_path / "whole.pt").read_bytes()
+        entry = FileEntry("whole.pt", digest_bytes(content), len(content))
+        (tmp_path / entry.digest).write_bytes(content)
+        spec = job(model={"source": "model.py:build", "weights": "whole.pt"})
+        with pytest.raises(SpecError, match=r"whole\.pt is pickled_module, which holds no weights"):
+            await house.identifier.check_file(Submission(spec, None, None, None, Manifest((entry,))))
 
     run(tmp_path, body)
 

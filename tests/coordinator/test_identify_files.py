@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from coordinator.identify import confine
-from coordinator.identify.confine import identify_file, needs_node, usable_as_weights
+from coordinator.identify.confine import identify_file, usable_as_weights
 from protos.errors import ErrorCode, HiveError, NotFound, SpecError
 from protos.model import Complexity, Family, ModelProfile
 
@@ -185,8 +185,6 @@ def test_python_source_is_left_to_a_node(tmp_path: Path) -> None:
     assert (profile.format, profile.trainable) == ("python_source", True)
     assert "FILE.py:build" in profile.why_not
     assert not canary.exists()
-    assert needs_node("model.py:build")
-    assert not needs_node("model.safetensors")
     (tmp_path / "empty.py").write_text("x = 1\n")
     assert not identify(tmp_path / "empty.py").trainable
 

@@ -15,7 +15,7 @@ import pytest
 from controller_bench import CAPACITY, Coordinator
 
 from coordinator.blobs import BlobStore
-from coordinator.cluster import nobody
+from coordinator.cluster import away, nobody
 from coordinator.control import events as e
 from coordinator.doctor import Doctor
 from coordinator.event_tail import EventTail
@@ -92,7 +92,14 @@ def run(tmp_path: Path, body: Callable[[House], Awaitable[None]]) -> None:
         blobs, tokens = BlobStore(tmp_path / "blobs"), TokenBook(made.store.real)
         learner = Learner(tmp_path / "qtable.json")
         store: Any = made.store
-        placement = Placement(sessions, learner, random.Random(0), lambda: nobody(made.controller.state.nodes.values()))
+        nodes = lambda: made.controller.state.nodes.values()  # noqa: E731
+        placement = Placement(
+            sessions,
+            learner,
+            random.Random(0),
+            lambda: nobody(nodes()),
+            lambda: away(nodes(), made.controller.capacity),
+        )
         doctor = Doctor(tmp_path, store, made.controller, sessions, learner, lambda: "", "127.0.0.1:7700", 0.0)
         tail = EventTail(store)
         machines: list[dict[str, Any]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_planner import DATA, GIB, job, model, node
 
-from coordinator.cluster import cluster_view
+from coordinator.cluster import Away, cluster_view
 from coordinator.control.events import Unplaced
 from coordinator.learning import Learner
 from coordinator.placement import Placement
@@ -28,12 +28,13 @@ J = JobId("j-1")
 A, B = NodeId("a"), NodeId("b")
 
 
-def placement(folder: Path, *names: str, lan: bool = True) -> tuple[Placement, Sessions]:
+def placement(folder: Path, *names: str, lan: bool = True, away: Sequence[Away] = ()) -> tuple[Placement, Sessions]:
     sessions = Sessions()
     for name in names:
         view = node(name, lan=lan)
         sessions.add(Session(view.node_id, name, "s", view.capacity))
-    made = Placement(sessions, Learner(folder / "q.json"), random.Random(0), lambda: ("nobody is here", "start one"))
+    learner, nobody = Learner(folder / "q.json"), ("nobody is here", "start one")
+    made = Placement(sessions, learner, random.Random(0), lambda: nobody, lambda: tuple(away))
     return made, sessions
 
 
@@ -78,6 +79,28 @@ def test_busy_nodes_are_waited_for_only_when_they_would_help(tmp_path: Path) -> 
     know(far, strategy="data_parallel")
     refused = ask(far, (A, B))
     assert isinstance(refused, Unplaced) and refused.permanent and refused.reason is Reason.NO_PLACEMENT
+
+
+@pytest.mark.parametrize("missing", ["the capacity it had", None])
+def test_a_job_that_only_a_member_who_is_away_can_have_waits_for_it(tmp_path: Path, missing: str | None) -> None:
+    """Just after a restart of the coordinator its nodes come back one after the other."""
+    away = [Away(B, "b", "disconnected", node("b").capacity if missing else None)]
+    made, _ = placement(tmp_path, "a", away=away)
+    know(made, nodes={"require": {"names": ["b"]}})
+    waiting = ask(made, (A,))
+    assert isinstance(waiting, Unplaced)
+    assert (waiting.permanent, waiting.reason) == (False, Reason.WAITING_FOR_NODES)
+    assert "b is disconnected" in waiting.message
+    away.clear()
+    refused = ask(made, (A,))
+    assert isinstance(refused, Unplaced) and refused.permanent and refused.reason is Reason.NO_PLACEMENT
+
+
+def test_a_member_who_is_away_and_could_not_have_it_either_is_not_waited_for(tmp_path: Path) -> None:
+    made, _ = placement(tmp_path, "a", away=[Away(B, "b", "paused by its owner", node("b").capacity)])
+    know(made, nodes={"require": {"names": ["c"]}})
+    refused = ask(made, (A,))
+    assert isinstance(refused, Unplaced) and refused.permanent
 
 
 def test_a_refusal_is_remembered_until_something_that_matters_changed(tmp_path: Path) -> None:

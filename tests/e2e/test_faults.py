@@ -128,3 +128,17 @@ def test_node_and_coordinator_killed_together(made: Cluster) -> None:
     made.nodes["n1"].kill()
     made.start_coordinator()
     check_finished(made, job_id)
+
+
+def test_a_job_that_only_a_paused_node_can_have_waits_for_it_also_over_a_restart(made: Cluster) -> None:
+    made.hive_node("n1", "pause")
+    until(lambda: {n["name"]: n["activity"] for n in made.show_nodes()}["n1"] == "PAUSED", "n1 is paused", 30)
+    job_id = made.submit(JOB, "strategy=single_node", "nodes.require.names=[n1]")
+    until(lambda: made.show(job_id)["reason"] == "waiting_for_nodes", f"{job_id} waits", 60)
+    assert made.coordinator is not None
+    made.coordinator.kill()
+    made.start_coordinator()
+    until(lambda: "n0" in [n["name"] for n in made.show_nodes() if n["link"] == "CONNECTED"], "n0 is back", 60)
+    made.hive_node("n1", "resume")
+    job = check_finished(made, job_id)
+    assert job["nodes"] == ["n1"]

@@ -135,17 +135,17 @@ class Bench:
         self.folder = folder
         self.started = 0
 
-    async def start(self, what: str, device: str = "cpu") -> tuple[WorkerHandle, Recorder]:
+    async def start(self, what: str, device: str = "cpu", upload: float | None = None) -> tuple[WorkerHandle, Recorder]:
         self.started += 1
         output = self.folder / f"out-{self.started}"
         output.mkdir()
         workspace = Workspace(None, None, None, None, self.folder / "checkpoints", output)
         recorder = Recorder()
-        handle = await self.runner.start(make_task(what), workspace, "lo", 2, device, "node-a", recorder)
+        handle = await self.runner.start(make_task(what), workspace, "lo", 2, device, "node-a", recorder, upload)
         return handle, recorder
 
-    async def finish(self, what: str, device: str = "cpu") -> tuple[ExitReport, Recorder]:
-        handle, recorder = await self.start(what, device)
+    async def finish(self, what: str, device: str = "cpu", upload: float | None = None) -> tuple[ExitReport, Recorder]:
+        handle, recorder = await self.start(what, device, upload)
         async with asyncio.timeout(DEADLINE_S):
             report = await handle.wait()
         assert recorder.report is report

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from node.cache import SMALL_BYTES, BlobCache
+from node.faults import failed_outcome
 from node.known_files import SETTLED_S, KnownFiles
 from protos.artifact import FileEntry, Manifest, digest_bytes
-from protos.errors import ErrorCode, HiveError, NotFound, SpecError
+from protos.errors import Blame, ErrorCode, HiveError, NotFound, SpecError
 from protos.ids import Digest
+from protos.states import Reason
 
 SMALL = b"def build():\n    pass\n"
 LARGE = random.Random(0).randbytes(SMALL_BYTES + 1)
@@ -135,14 +137,19 @@ def test_an_origin_that_is_not_the_same_file_is_fetched_instead(tmp_path: Path) 
     asyncio.run(main())
 
 
-def test_an_origin_that_changed_after_submission_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_an_origin_that_is_not_here_as_it_was_is_the_machines_so_that_another_is_tried(tmp_path: Path) -> None:
     async def main() -> None:
         cache = BlobCache(tmp_path / "cache")
         manifest = Manifest((entry("train.npz", LARGE, str(tmp_path / "gone.npz")),))
         with pytest.raises(NotFound, match=r"nor, as it was, at .*gone\.npz") as refused:
             await cache.materialise(manifest, tmp_path / "work", Coordinator().fetch)
         assert refused.value.code is ErrorCode.DATA_UNUSABLE
-        assert "submit the job again" in refused.value.hint
+        assert "submit the job again" in refused.value.hint and "see that path" in refused.value.hint
+        fault = failed_outcome(refused.value).fault
+        assert fault is not None and fault.reason is Reason.DATA_UNUSABLE
+        assert (fault.blame, fault.retryable) == (Blame.NODE, True)
+        user = failed_outcome(SpecError("bad rows", code=ErrorCode.DATA_UNUSABLE)).fault
+        assert user is not None and (user.blame, user.retryable) == (Blame.USER_CODE, False)
 
     asyncio.run(main())
 

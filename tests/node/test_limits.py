@@ -9,8 +9,8 @@ from hypothesis import strategies as some
 from node import limits, memory_watch
 from node.duty_cycle import QUANTUM_S, DutyController
 from node.memory_watch import MemoryReading
-from node.token_bucket import TokenBucket
 from protos.errors import ErrorCode, HiveError
+from protos.token_bucket import TokenBucket
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from node_bench import MakeBench, run_async
 
 from node import cgroup, cpu_limit, process_tree
 from node.cpu_limit import CpuLimit, DutyLimit
+from protos import machine_bounds
 
 SPIN = "while True: pass"
 SPIN_IN_TWO_PROCESSES = "import os\nos.fork()\nwhile True: pass"
@@ -109,10 +110,10 @@ def test_the_place_of_both_versions_is_read_from_proc() -> None:
         "32 30 0:28 /docker/abc /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
     )
     membership = "4:cpu,cpuacct:/docker/abc/inner\n1:name=systemd:/x\n0::/user.slice/app.scope\n"
-    second, first = cgroup.find_place("cpu", mountinfo, membership)
-    assert second == cgroup.Place(2, Path("/sys/fs/cgroup/unified/user.slice/app.scope"))
-    assert first == cgroup.Place(1, Path("/sys/fs/cgroup/cpu,cpuacct/inner"))
-    assert cgroup.find_place("memory", mountinfo, membership)[1] is None
+    second, first = machine_bounds.find_place("cpu", mountinfo, membership)
+    assert second == machine_bounds.Place(2, Path("/sys/fs/cgroup/unified/user.slice/app.scope"))
+    assert first == machine_bounds.Place(1, Path("/sys/fs/cgroup/cpu,cpuacct/inner"))
+    assert machine_bounds.find_place("memory", mountinfo, membership)[1] is None
 
 
 def test_groups_of_dead_daemons_are_removed_and_others_left(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_groups_of_dead_daemons_are_removed_and_others_left(tmp_path: Path) -> N
     for folder in (mine, reused_pid, foreign):
         folder.mkdir()
     assert cgroup.remove_stale(tmp_path) == []  # without cgroup.procs it is no control group, and is left alone
-    second, first = cgroup.places("cpu")
+    second, first = machine_bounds.places("cpu")
     place = next((place for place in (second, first) if place and os.access(place.folder, os.W_OK)), None)
     if place is None:
         pytest.skip("no control group can be made here")

@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 from node import networks, probe
 from node.limits import Caps
 from node.networks import InterfaceAddress
-from protos import documents
+from protos import documents, machine_bounds
 from protos.capacity import Capacity, TrustedNetwork
 from protos.errors import ErrorCode, HiveError
 
@@ -38,7 +38,7 @@ def test_caps_bound_what_is_granted_but_not_the_totals(tmp_path: Path) -> None:
     assert (found.cores, found.memory_bytes, found.gpus) == (0.25, 100 * 2**20, ())
     assert found.max_upload_bytes_per_s == 5.0
     assert found.memory_total_bytes > 100 * 2**20
-    assert probe.capacity(tmp_path, Caps(cpus=10_000.0)).cores == probe.available_cores()
+    assert probe.capacity(tmp_path, Caps(cpus=10_000.0)).cores == machine_bounds.available_cores()
 
 
 def test_the_machine_id_is_stable_and_not_the_raw_one(tmp_path: Path) -> None:
@@ -103,4 +103,4 @@ def test_any_visible_variable_gives_existing_indices(variable: str) -> None:
 
 
 def test_affinity_bounds_the_cores() -> None:
-    assert probe.available_cores() <= len(os.sched_getaffinity(0))
+    assert machine_bounds.available_cores() <= len(os.sched_getaffinity(0))

@@ -19,6 +19,7 @@ from protos.ids import Digest
 from protos.work import Resume, Task
 
 STATE = b"{}"
+LAN = "10.0.0.0/8"
 
 
 def place(cores: float, *gpus: int) -> Place:
@@ -49,6 +50,19 @@ def test_a_gpu_that_went_away_since_the_plan_is_said_and_no_other_rank_is_crowde
 )
 def test_the_ranks_of_a_node_share_its_cores(cores: float, ranks: int, threads: int) -> None:
     assert place(cores).threads(rank(ranks_here=ranks)) == threads
+
+
+@pytest.mark.parametrize(
+    ("cap", "ranks", "network", "share"),
+    [(8e6, 1, LAN, 8e6), (8e6, 4, LAN, 2e6), (8e6, 2, "loopback", None), (None, 2, LAN, None)],
+)
+def test_the_ranks_of_a_node_share_the_upload_its_owner_allows(
+    cap: float | None, ranks: int, network: str, share: float | None
+) -> None:
+    task = replace(rank(ranks_here=ranks), network=network)
+    assert replace(place(8.0), max_upload_bytes_per_s=cap).upload_bytes_per_s(task) == share
+    capacity = Capacity("h", "m", "", "", 8.0, 8, 1, 1, 1, max_upload_bytes_per_s=cap)
+    assert Place.of(task, "box", capacity).max_upload_bytes_per_s == cap
 
 
 def test_ranks_that_fetch_the_same_checkpoint_at_once_both_find_it(tmp_path: Path) -> None:

@@ -69,6 +69,16 @@ def test_a_worker_sees_no_secret_and_only_its_own_device(bench: MakeBench, monke
     run_async(scenario())
 
 
+def test_a_worker_is_told_what_it_may_send(bench: MakeBench) -> None:
+    async def scenario() -> None:
+        async with bench() as b:
+            for upload in (None, 2.5e6):
+                report, _ = await b.finish("tells_its_upload", upload=upload)
+                assert report.outcome is not None and report.outcome.document == repr(upload)
+
+    run_async(scenario())
+
+
 def test_a_warm_start_takes_less_than_150_ms(bench: MakeBench) -> None:
     async def scenario() -> None:
         async with bench() as b:

@@ -44,6 +44,10 @@ def looks_around(context: TaskContext) -> Outcome:
     return _done(" ".join(around))
 
 
+def tells_its_upload(context: TaskContext) -> Outcome:
+    return _done(repr(context.max_upload_bytes_per_s))
+
+
 def says_everything(context: TaskContext) -> Outcome:
     channel = context.channel
     channel.ready()

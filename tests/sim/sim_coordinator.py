@@ -24,7 +24,7 @@ from protos.states import Activity, Reason
 from protos.work import Checkpoint, HeldLease, Resume, Task, TaskKind
 
 if TYPE_CHECKING:
-    from sim_node import Wire
+    from sim_network import Wire
     from sim_world import World
 
 CAPACITY = Capacity("host", "machine", "linux", "3.11", 1.0, 1, 1, 1, 1)
@@ -169,23 +169,26 @@ class SimCoordinator:
             await self._receive(wire, message)
         except Exhausted:
             self.world.disk_full += 1
-            self.world.cut(wire)
+            wire.unread = True
+            self.world.network.cut(wire)
 
     async def _receive(self, wire: Wire, message: Any) -> None:
         if isinstance(message, pb.Hello):
             await self._hello(wire, message)
             return
-        session = wire.session
-        if session is None or self.sessions.get(session.node_id) is not session:
+        if wire.session is None:
             return
-        self.controller.heard(session.node_id)
         match message:
             case pb.Heartbeat():
-                await self.members._heartbeat(session, message)
+                await self.take(wire.session, pb.NodeMessage(heartbeat=message))
             case pb.Durable():
-                await self._durable(session, message)
-            case ("leaving", for_good):
-                await self.controller.post(e.NodeLeft(session.node_id, for_good, "its owner stopped it"))
+                await self._durable(wire.session, message)
+            case pb.Leaving():
+                await self.take(wire.session, pb.NodeMessage(leaving=message))
+
+    async def take(self, session: Session, message: pb.NodeMessage) -> None:
+        no_group: Any = None  # only calls of the rendezvous need one
+        await self.members.take(session, message, no_group)
 
     async def _hello(self, wire: Wire, hello: pb.Hello) -> None:
         node_id = wire.node.node_id
@@ -200,7 +203,7 @@ class SimCoordinator:
         older = self.wires.pop(id(self.sessions.get(node_id)), None)
         self.sessions.add(session)
         if older is not None:
-            self.world.cut(older)
+            self.world.network.cut(older)
         self.wires[id(session)] = wire
         await self.controller.describe_node(node_id, hello.name, CAPACITY)
         event = e.NodeConnected(node_id, hello.name, Activity(hello.activity), hello.activity_reason, leases)
@@ -212,7 +215,7 @@ class SimCoordinator:
         before = self.controller.state.jobs.get(job_id)
         stale = before is not None and (message.fence != before.fence or before.ended)
         seen = await self.store.accepted(session.node_id, session.spool_id) >= message.seq
-        await self.members._durable(session, message)
+        await self.take(session, pb.NodeMessage(durable=message))
         after = self.controller.state.jobs.get(job_id)
         if before is not None and after is not None and (stale or seen) and before.fence == after.fence:
             same = ("step", "samples", "attempts", "wanted")
@@ -233,9 +236,9 @@ class SimCoordinator:
             while not queue.empty():
                 message = queue.get_nowait()
                 if message is None:
-                    self.world.cut(wire)
+                    self.world.network.cut(wire)
                 else:
-                    self.world.send_down(wire, message)
+                    self.world.network.send_down(wire, message)
 
     async def user(self, job_id: JobId, action: str) -> str:
         """Empty when it was accepted, else why not."""

@@ -14,6 +14,7 @@ from protos.states import (
     TERMINAL_JOB_STATES,
     AttemptState,
     JobState,
+    NodeLink,
     Reason,
 )
 
@@ -118,6 +119,11 @@ class Watch:
             assert not node.state.works or any(
                 w.task.job_id in world.unfinished() for w in node.state.works.values()
             ), f"{node.node_id} remembers {list(node.state.works)}"
+            session = coordinator.sessions.get(node.node_id)
+            wire = coordinator.wires.get(id(session))
+            if wire is not None and not wire.broken:  # else its next hello is still to come
+                link = coordinator.controller.state.nodes[node.node_id].link
+                assert link is not NodeLink.LEFT, f"{node.node_id} is here and taken for gone"
         check = await coordinator.store.verify_chain()
         assert check.broken_at is None, check.message
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sim_network import Wire
 from sim_workers import Worker
 
 from node import agent
@@ -17,7 +18,6 @@ from protos.states import AttemptState, StopMode
 from protos.work import HeldLease, Outcome, Task
 
 if TYPE_CHECKING:
-    from sim_coordinator import SimCoordinator
     from sim_world import World
 
 SILENCE_S = 10.0
@@ -64,20 +64,6 @@ class MemorySpool:
 
 
 @dataclass(eq=False)
-class Wire:
-    """One stream. Each direction keeps its order; both ends learn of a break at their own time."""
-
-    node: SimNode
-    coordinator: SimCoordinator
-    life: int
-    broken: bool = False
-    up_s: float = 0.0
-    down_s: float = 0.0
-    session: Any = None
-    welcomed: bool = False
-
-
-@dataclass(eq=False)
 class SimNode:
     world: World
     node_id: NodeId
@@ -108,6 +94,11 @@ class SimNode:
         self._beat(self.life)
         self._dial_later(self.life)
 
+    def leave(self) -> None:
+        """The last word of a daemon that its owner stops; nobody waits until it has been read."""
+        if self.wire is not None and not self.frozen:
+            self.world.network.send_up(self.wire, pb.Leaving(reason="its owner stopped it"))
+
     def kill(self) -> None:
         """The daemon dies and its workers with it; spool and checkpoints stay."""
         self.up = False
@@ -118,7 +109,7 @@ class SimNode:
             worker.alive = False
         self.workers.clear()
         if self.dialled is not None:
-            self.world.cut(self.dialled)
+            self.world.network.cut(self.dialled)
         self.wire = self.dialled = None
         self.spool.close()
         self.spool = self.open_spool()
@@ -151,9 +142,9 @@ class SimNode:
     def _beat(self, life: int) -> None:
         if self.wire is not None:
             if self.world.clock.now_s - self.heard_s > SILENCE_S:
-                self.world.cut(self.wire)
+                self.world.network.cut(self.wire)
             else:
-                self.world.send_up(self.wire, self.heartbeat())
+                self.world.network.send_up(self.wire, self.heartbeat())
         self._repeat(1.0, life, self._beat)
 
     def heartbeat(self) -> pb.Heartbeat:
@@ -166,11 +157,13 @@ class SimNode:
     def _dial(self, life: int) -> None:
         if self.dialled is None and self.world.coordinator is not None and not self.world.partitioned(self.node_id):
             self.dialled = Wire(self, self.world.coordinator, life)
-            self.world.send_up(self.dialled, self._hello())
-            self.world.clock.after(10.0, lambda wire=self.dialled: None if wire.welcomed else self.world.cut(wire))
+            self.world.network.send_up(self.dialled, self.hello())
+            self.world.clock.after(
+                10.0, lambda wire=self.dialled: None if wire.welcomed else self.world.network.cut(wire)
+            )
         self._dial_later(life)
 
-    def _hello(self) -> pb.Hello:
+    def hello(self) -> pb.Hello:
         leases = {(lease.job_id, lease.fence, lease.rank): lease for lease in self.state.leases()}
         for message in self.spool.reports():
             key = (JobId(message.job_id), Fence(message.fence), message.rank)
@@ -191,7 +184,7 @@ class SimNode:
     def send_durable(self, message: pb.Durable) -> None:
         stored = self.spool.append(message)
         if stored is not None and self.wire is not None:
-            self.world.send_up(self.wire, stored)
+            self.world.network.send_up(self.wire, stored)
 
     def receive(self, wire: Wire, message: Any) -> None:
         if self.dialled is not wire or not self.up:
@@ -212,7 +205,7 @@ class SimNode:
                 self.wire = wire
                 self._acknowledged(message.welcome.acknowledged_seq)
                 for durable in self.spool.waiting():
-                    self.world.send_up(wire, durable)
+                    self.world.network.send_up(wire, durable)
             case "acknowledged":
                 self._acknowledged(message.acknowledged.seq)
 
@@ -245,7 +238,7 @@ class SimNode:
                 case agent.Report(job_id, fence, rank, state, outcome):
                     self._report(job_id, fence, rank, state, outcome)
         if self.state.activity != before and self.wire is not None:
-            self.world.send_up(self.wire, self.heartbeat())
+            self.world.network.send_up(self.wire, self.heartbeat())
 
     def _stop(self, worker: Worker, mode: StopMode) -> None:
         worker.stop(mode)

@@ -1,7 +1,9 @@
 """A whole cluster in one seed: coordinator, nodes, wires, users and faults, one action at a time.
 
 Deterministic: all chance comes from one random.Random(seed). Faults happen until `faults_s`; then everything is mended
-and the invariants of liveness must come true within `settle_s`.
+and the invariants of liveness must come true within `settle_s`. What a wire does to messages is in sim_network: durable
+ones are doubled, a cut loses some of what is under way, and the rest comes late, to the old stream, perhaps after the
+new one has said hello. Within one stream nothing changes places.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 from sim_clock import Clock
 from sim_coordinator import Crashed, SimCoordinator
 from sim_invariants import Watch
-from sim_node import MemorySpool, SimNode, Wire
+from sim_network import Network
+from sim_node import MemorySpool, SimNode
 
 from coordinator.control import events as e
 from coordinator.control.state import Timing
@@ -86,6 +89,7 @@ class World:
         self.clock = Clock()
         self.store = MemoryStore(self.clock)
         self.watch = Watch(self)
+        self.network = Network(self)
         self.progress: dict[JobId, int] = {}
         self.partitions: dict[NodeId, float] = {}
         self.failures: list[Exception] = []
@@ -196,46 +200,13 @@ class World:
         crashed, self.coordinator = self.coordinator, None
         if crashed is not None:
             for wire in list(crashed.wires.values()):
-                self.cut(wire)
+                self.network.cut(wire)
             self.clock.after(self.random.uniform(0.2, 10.0), self._start_coordinator)
 
     # ---- the network
 
     def partitioned(self, node_id: NodeId) -> bool:
         return self.partitions.get(node_id, 0.0) > self.clock.now_s
-
-    def send_up(self, wire: Wire, message: Any) -> None:
-        if wire.broken:
-            return
-        copies = 2 if hasattr(message, "seq") and self.faulty(self.faults.duplicate) else 1
-        for _ in range(copies):
-            wire.up_s = max(wire.up_s, self.clock.now_s + self.random.uniform(0.001, 0.3))
-            self.clock.at(wire.up_s, lambda: self._arrive(wire, message))
-
-    async def _arrive(self, wire: Wire, message: Any) -> None:
-        if not wire.broken and self.coordinator is wire.coordinator:
-            await wire.coordinator.receive(wire, message)
-
-    def send_down(self, wire: Wire, message: Any) -> None:
-        wire.down_s = max(wire.down_s, self.clock.now_s + self.random.uniform(0.001, 0.3))
-        self.clock.at(
-            wire.down_s,
-            lambda: None if wire.broken else wire.node.when_awake(lambda: wire.node.receive(wire, message)),
-        )
-
-    def cut(self, wire: Wire) -> None:
-        """Everything on its way is lost; each end finds out when it does."""
-        if wire.broken:
-            return
-        wire.broken = True
-
-        async def coordinator_learns() -> None:
-            if self.coordinator is wire.coordinator:
-                await wire.coordinator.gone(wire)
-
-        self.clock.after(self.random.uniform(0.0, 2.0), coordinator_learns)
-        delay_s = self.random.uniform(0.0, 2.0)
-        self.clock.after(delay_s, lambda: wire.node.when_awake(lambda: wire.node.lost_wire(wire)))
 
     # ---- users
 
@@ -295,11 +266,13 @@ class World:
     def _cut_one(self) -> None:
         node = self.random.choice(self.nodes)
         if node.dialled is not None:
-            self.cut(node.dialled)
+            self.network.cut(node.dialled)
 
     def _kill_node(self) -> None:
         node = self.random.choice(self.nodes)
         if node.up:
+            if self.random.random() < 0.5:
+                node.leave()
             node.kill()
             self.clock.after(self.random.uniform(0.3, 15.0), lambda: None if node.up else node.start())
 
@@ -324,7 +297,7 @@ class World:
         node = self.random.choice(self.nodes)
         self.partitions[node.node_id] = self.clock.now_s + self.random.uniform(0.5, 15.0)
         if node.dialled is not None:
-            self.cut(node.dialled)
+            self.network.cut(node.dialled)
 
     def _owner(self) -> None:
         node = self.random.choice(self.nodes)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from sim_network import Wire
 from sim_world import CALM, Faults, World
 
+from protos.gen import membership_pb2 as pb
 from protos.states import JobState
 
 STORM = Faults(
@@ -87,7 +89,7 @@ def test_a_seed_gives_the_same_run_every_time() -> None:
 
 
 def test_the_faults_reach_every_state_and_most_transitions() -> None:
-    seen = set().union(*(world.watch.transitions for world in simulate(storm(seed) for seed in range(200, 216))))
+    seen = set().union(*(world.watch.transitions for world in simulate(storm(seed) for seed in range(200, 232))))
     entered = {after for _, after in seen}
     assert entered == set(JobState)
     for wanted in (
@@ -100,6 +102,31 @@ def test_the_faults_reach_every_state_and_most_transitions() -> None:
         (JobState.STOPPING, JobState.CANCELLED),
     ):
         assert wanted in seen, f"{wanted[0]} -> {wanted[1]} never happened: the simulation has grown too tame"
+
+
+def test_messages_of_a_cut_wire_come_late_even_after_the_next_hello() -> None:
+    networks = [world.network for world in simulate(storm(seed) for seed in range(200, 232))]
+    assert sum(network.late_up for network in networks) > 30
+    assert sum(network.late_down for network in networks) > 10
+    assert sum(network.superseded for network in networks) > 10
+
+
+def test_the_last_word_of_an_older_stream_does_not_take_a_node_away_that_is_back() -> None:
+    async def scenario() -> None:
+        world = World(1, CALM, nodes_count=1, jobs_count=1, faults_s=1.0)
+        await world.run()
+        assert world.coordinator is not None
+        coordinator, node = world.coordinator, world.nodes[0]
+        older = node.wire
+        assert older is not None
+        newer = Wire(node, coordinator, node.life)
+        await coordinator.receive(newer, node.hello())
+        await coordinator.receive(older, pb.Leaving(reason="its owner stopped it"))
+        assert node.node_id in coordinator.controller.state.willing()
+        await coordinator.receive(newer, pb.Leaving(reason="its owner stopped it"))
+        assert node.node_id not in coordinator.controller.state.willing()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.slow

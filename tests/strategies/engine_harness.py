@@ -167,7 +167,9 @@ class Job:
 class Rank:
     """A rank in a process of its own."""
 
-    def __init__(self, job: Job, port: int, node: str, task: Task, attempt: str = "0") -> None:
+    def __init__(
+        self, job: Job, port: int, node: str, task: Task, attempt: str = "0", upload: float | None = None
+    ) -> None:
         self.folder = job.folder / f"{node}-run-{attempt}"
         self.folder.mkdir(parents=True, exist_ok=True)
         workspace = job.workspace(node, attempt)
@@ -177,6 +179,7 @@ class Rank:
             "port": port,
             "node": node,
             "folder": str(self.folder),
+            "upload": upload,
         }
         (self.folder / "config.json").write_text(json.dumps(config))
         self.log = self.folder / "progress.jsonl"
@@ -239,7 +242,7 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     workspace = Workspace(**{name: Path(value) if value else None for name, value in config["workspace"].items()})
     task = documents.decode(Task, json.dumps(config["task"]))
-    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"]))
+    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], config["upload"]))
     (folder / "outcome.json").write_bytes(documents.encode(outcome))
     sys.stdout.flush()
     os._exit(0)

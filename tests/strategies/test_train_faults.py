@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_jobs import MLP, mlp_job
+from engine_harness import RecordingChannel
+from engine_jobs import GPT, MLP, mlp_job
 
+from protos import documents
 from protos.errors import Blame, DeadlineExceeded, ErrorCode, SpecError
 from protos.jobspec import BUILT_OPTIMIZERS
 from protos.optimizer_keywords import KEYWORDS
+from protos.plan import Identification
 from protos.states import AttemptState, Reason, StopMode
 from protos.work import Fault
+from strategies.context import TaskContext
 from strategies.data.dataset import Batch
 from strategies.data.finite import not_finite
 from strategies.evaluate_torch import Score
 from strategies.faults_torch import NotANumber, PeerLost, Stopped, fault_of
 from strategies.model_torch import load_weights
 from strategies.optimizer_torch import _CLASSES
+from strategies.profile_torch import identify
 from strategies.train_loop_torch import metrics_of
 
 RAISES = MLP.replace(
@@ -90,6 +96,39 @@ def test_a_wrong_column_is_a_fault_of_the_data(tmp_path: Path) -> None:
     found = fault(job)
     assert (found.reason, found.retryable) == (Reason.DATA_UNUSABLE, False)
     assert "label" in found.message
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_data_other_than_those_identified_are_not_trained_on_and_the_node_is_blamed(tmp_path: Path, fits: bool) -> None:
+    job = mlp_job(tmp_path, steps=3)
+    job.document["data"] = {"source": "builtin:stdlib", "args": {"limit_bytes": 20_000}, "sequence_length": 12}
+    job.document["train"]["loss"] = "causal_lm"
+    job.document["model"] = {"source": "gpt.py:build", "args": {"vocabulary": 256}}
+    job.code = {"gpt.py": GPT}
+    job.data = None
+    job.__post_init__()
+    context = TaskContext(job.task(), job.workspace("looks"), RecordingChannel(), "", 1, "cpu", "looks")
+    answer = identify(context)
+    digest = documents.decode(Identification, answer.document).data.digest
+    outcome, _ = job.run_here(data_digest=digest if fits else "0" * 64)
+    if fits:
+        assert outcome.state is AttemptState.DONE, outcome.fault
+        return
+    found = outcome.fault
+    assert (found.reason, found.blame, found.retryable) == (Reason.DATA_UNUSABLE, Blame.NODE, True)
+    assert "builtin:stdlib on one" in found.message and "same Python release" in found.hint
+
+
+def test_a_package_that_is_missing_here_is_the_nodes_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    job = mlp_job(tmp_path, steps=3)
+    job.document["data"] = {"source": "train.parquet", "target": "y"}
+    job.data = tmp_path / "train.parquet"
+    job.data.write_bytes(b"PAR1 and so on PAR1")
+    job.__post_init__()
+    found = fault(job)
+    assert (found.reason, found.blame, found.retryable) == (Reason.DATA_UNUSABLE, Blame.NODE, True)
+    assert "pyarrow" in found.message and "on one only" in found.hint
 
 
 def test_an_optimizer_value_torch_does_not_take_is_named(tmp_path: Path) -> None:
