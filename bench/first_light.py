@@ -45,7 +45,7 @@ def main() -> int:
         folder = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="hive-bench-", ignore_cleanup_errors=True))
         )
-        stage = Stage(folder, stack, options.quick, rounds, options.threads, options.seed)
+        stage = Stage(folder, stack, options.quick, rounds, options.threads, options.seed, options.workload)
         for name in options.only or BENCHMARKS:
             stage.tell(f"== {name}")
             started = time.monotonic()
@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a smoke run of a few minutes")
     parser.add_argument("--only", action="append", choices=list(BENCHMARKS), help="may be given several times")
+    parser.add_argument("--workload", choices=("digits", "text"), help="of the comparisons, only this one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured")
     parser.add_argument("--rounds", type=int, help=f"of each comparison, {ROUNDS} by default")
     parser.add_argument("--threads", type=int, default=1, help="of each trainer, hive's and the peer's")

@@ -21,6 +21,7 @@ class Stage:
     rounds: int
     threads: int
     seed: int = 0
+    workload: str | None = None  # only this one, by its data
     _cluster: Cluster | None = field(default=None)
 
     def cluster(self) -> Cluster:

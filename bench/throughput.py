@@ -35,6 +35,8 @@ def _against(stage: Stage, strategy: str, nodes: tuple[str, ...], ranks: int, pe
     figures: list[Figure] = []
     detail: dict[str, Any] = {}
     for workload in (DIGITS_CNN, GPT_10M):
+        if stage.workload not in (None, workload.data):
+            continue
         steps = QUICK_STEPS[workload.name] if stage.quick else workload.steps
         sized = replace(workload, batch=workload.batch * ranks, steps=steps)
         written = write(sized, strategy, nodes, stage.subfolder("jobs"))

@@ -37,7 +37,7 @@ class Workload:
         return replace(self, steps=steps)
 
 
-DIGITS_CNN = Workload("digits CNN", "digits", "cnn", {"channels": 16}, "digits", batch=64, steps=1500)
+DIGITS_CNN = Workload("digits CNN", "digits", "cnn", {"channels": 16}, "digits", batch=64, steps=4000)
 GPT_10M = Workload(
     "GPT 10 M",
     "textlm",

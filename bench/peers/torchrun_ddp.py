@@ -8,6 +8,7 @@ Rank 0 prints one JSON line; `first_step` is the Unix time at which the first st
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,8 @@ def main(path: Path, threads: int) -> None:
     if rank == 0:
         print(json.dumps({"samples": samples, "seconds": seconds, "loss": loss.item(), "first_step": first_step}))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a process that used DDP over gloo may abort in the interpreter's exit, which torchrun calls a failure
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_a_coordinator_killed_while_the_group_is_formed_again(made: Cluster) -> 
 
 def test_a_coordinator_killed_when_the_result_arrives(made: Cluster) -> None:
     job_id = made.submit(JOB)
-    made.wait_step(job_id, STEPS - 100)
+    made.wait_step(job_id, STEPS // 2)  # what is reported lags behind by half a second
     assert made.coordinator is not None
     made.coordinator.kill()
     until(lambda: not made.worker_pids("n0"), "the workers have finished without a coordinator", 60)
