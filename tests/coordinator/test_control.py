@@ -306,6 +306,21 @@ def test_data_that_no_node_sees_end_the_job_with_what_is_missing() -> None:
     assert NO_DATA.message in job.message and job.hint == "mount it"
 
 
+def test_a_node_that_could_not_have_it_is_not_taken_while_a_better_one_is_only_busy() -> None:
+    bench = Bench()
+    bench.running("a")
+    lacking = Fault(Reason.DATA_UNUSABLE, Blame.NODE, "no such path here", "mount it", retryable=True)
+    bench.connect("b")
+    bench.submit("j-2")  # takes b
+    bench.ready("j-2")
+    bench.fail(0, fault=lacking)
+    bench.wait(TIMING.backoff_s(0) + 1.0, heard=("a", "b"))
+    assert (bench.job().state, bench.job().reason) == (JobState.QUEUED, Reason.WAITING_FOR_BUSY_NODES)
+    bench.do(e.UserAsked(JobId("j-2"), "cancel"))
+    bench.wait(TIMING.stop_s + 1.0, heard=("a", "b"))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["b"]
+
+
 def test_what_used_up_the_retries_keeps_its_advice() -> None:
     bench = Bench()
     bench.running("a")

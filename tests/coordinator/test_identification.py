@@ -226,28 +226,21 @@ def test_the_node_that_was_asked_least_is_asked_first(tmp_path: Path) -> None:
     run(tmp_path, body)
 
 
-def test_a_model_that_overruns_its_time_twice_is_refused_on_whichever_nodes(tmp_path: Path) -> None:
-    overrun = failed(Reason.MODEL_UNUSABLE, Blame.USER_CODE, retryable=True)
+@pytest.mark.parametrize(
+    ("reason", "blame"),
+    [(Reason.MODEL_UNUSABLE, Blame.USER_CODE), (Reason.NODE_LOST, Blame.NODE)],
+    ids=["it overruns its time", "its worker dies"],
+)
+def test_a_model_that_fails_twice_like_this_is_refused_as_its_own_doing(
+    tmp_path: Path, reason: Reason, blame: Blame
+) -> None:
+    again = failed(reason, blame, retryable=True)
 
     async def body(house: House) -> None:
         with pytest.raises(Unreachable, match="it did not work"):
-            await house.identify(house.node("a", overrun))
+            await house.identify(house.node("a", again))
         with pytest.raises(Refusal) as refused:
-            await house.identify(house.node("b", overrun), house.node("c", KNOWS))
-        assert (refused.value.reason, refused.value.blame) == (Reason.MODEL_UNUSABLE, Blame.USER_CODE)
-        assert house.asked == ["a", "b"]
-
-    run(tmp_path, body)
-
-
-def test_a_model_whose_worker_dies_twice_is_refused_as_the_models_doing(tmp_path: Path) -> None:
-    overrun = failed(Reason.NODE_LOST, Blame.NODE, retryable=True)
-
-    async def body(house: House) -> None:
-        with pytest.raises(Unreachable, match="it did not work"):
-            await house.identify(house.node("a", overrun))
-        with pytest.raises(Refusal) as refused:
-            await house.identify(house.node("b", overrun), house.node("c", KNOWS))
+            await house.identify(house.node("b", again), house.node("c", KNOWS))
         assert (refused.value.reason, refused.value.blame) == (Reason.MODEL_UNUSABLE, Blame.USER_CODE)
         assert house.asked == ["a", "b"]
 
