@@ -77,7 +77,11 @@ class Spool:
         return messages
 
     def append(self, message: pb.Durable) -> pb.Durable | None:
-        """The message with its number, or None when it is output and too much of it waits already."""
+        """The message with its number, or None when it is output and too much of it waits already.
+
+        Raises OSError when the disk does not take output or progress. How a job ended is said in any case: first the
+        reserve is given up for it, and without one it waits in memory only, lost if this daemon dies before it is sent.
+        """
         kind = message.WhichOneof("body")
         message.seq = self._seq + 1
         size = _output_bytes(message)
@@ -86,10 +90,13 @@ class Spool:
         try:
             self._write(message, sync=kind in _SYNCED)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or kind not in _SYNCED or not self._reserve.held:
+            if kind not in _SYNCED:
                 raise
             self._reserve.release()  # kept back for this: how a job ended must not be lost for want of a few bytes
-            self._write(message, sync=True)
+            try:
+                self._write(message, sync=True)
+            except OSError:
+                log.warning("not on disk until it is sent", job=message.job_id, reason=str(error))
         self._log_bytes += size
         self._seq += 1
         self._waiting.append(message)
@@ -107,7 +114,10 @@ class Spool:
             self._log_bytes -= _output_bytes(message)
             done.append(message)
         if done and (not self._waiting or self._path.stat().st_size > _COMPACT_BYTES):
-            self._compact()
+            try:
+                self._compact()
+            except OSError as error:  # a full disk: the longer file serves until there is room for the shorter one
+                log.warning("the spool was not compacted", reason=str(error))
             self._reserve.take()
         return done
 
@@ -136,12 +146,14 @@ class Spool:
             raise
 
     def _compact(self) -> None:
-        """Rewrite the file with what still waits and the number reached; atomic."""
+        """Rewrite the file with what still waits and the number reached. Raises OSError; then all is as it was."""
         contents = [message.SerializeToString() for message in (pb.Durable(seq=self._seq), *self._waiting)]
-        self._file.close()
         whole = b"".join(_LENGTH.pack(len(content)) + content for content in contents)
-        _write_whole(self._path, whole, sync=bool(self._waiting))
-        self._file = self._path.open("ab")
+        new = _write_beside(self._path, whole, sync=bool(self._waiting))
+        file = new.open("ab")
+        new.replace(self._path)
+        self._file.close()
+        self._file = file
 
 
 def _output_bytes(message: pb.Durable) -> int:
@@ -151,10 +163,19 @@ def _output_bytes(message: pb.Durable) -> int:
 
 def _write_whole(path: Path, content: bytes, sync: bool) -> None:
     """The file is as before or as given, whatever is killed; `sync` also when the machine dies."""
+    _write_beside(path, content, sync).replace(path)
+
+
+def _write_beside(path: Path, content: bytes, sync: bool) -> Path:
+    """A file of this content, to be put in the place of `path`. Raises OSError and leaves nothing."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
