@@ -45,6 +45,8 @@ class LayerProfile:
     activation_bytes_per_sample: float  # saved for backward
     output_bytes_per_sample: float
     output_shape: tuple[int, ...] = ()  # without the batch dimension
+    cut_bytes_per_sample: float | None = None  # crosses when the model is cut after this layer; None: not possible here
+    borrowed_parameters: int = 0  # counted at an earlier layer, used here too (tied): a later stage keeps a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class ModelProfile:
     digest: str = ""
     why_not: str = ""  # when not trainable: the reason and how to convert
     peak_activation_bytes_per_sample: float = 0.0
+    why_not_cut: str = "it was not examined"  # into pipeline stages; "" when `layers` say where it can be cut
 
     @property
     def flops_per_sample(self) -> float:

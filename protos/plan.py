@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from protos.capacity import Capacity, LinkEstimate
 from protos.ids import NodeId, PlanId
@@ -82,11 +83,55 @@ class CostEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which node is which rank and how many samples of each full global batch it takes."""
+    """Which node is which rank and how many samples of each full global batch it takes.
+
+    In a pipeline all stages of one replica take the same samples.
+    """
 
     rank: int
     node_id: NodeId
     samples: int
+    stage: int = 0
+    replica: int = 0
+
+
+class Schedule(StrEnum):
+    ONE_F_ONE_B = "1f1b"  # one forward, one backward: at most S micro-batches of activations are held
+    GPIPE = "gpipe"  # all forward, then all backward
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the ranks of a group share the model. Rank = replica * stages + stage.
+
+    `stages`: [from, to) of the profile's layers for each stage; one range of all layers when the model is not cut.
+    `cut_after`: name of the last layer of every stage but the last. `tensor`: ranks among which single layers are cut
+    (tensor parallel); `sharded`: parameters, gradients and optimizer state are cut over all ranks.
+    """
+
+    stages: tuple[tuple[int, int], ...]
+    cut_after: tuple[str, ...] = ()
+    replicas: int = 1
+    schedule: Schedule = Schedule.ONE_F_ONE_B
+    sharded: bool = False
+    tensor: int = 1
+    checkpoint_activations: bool = False
+
+    def stage_of(self, rank: int) -> int:
+        return rank % len(self.stages)
+
+    def replica_of(self, rank: int) -> int:
+        return rank // len(self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUse:
+    """Bytes of one step over the link between two nodes, both directions together."""
+
+    a: NodeId
+    b: NodeId
+    bytes_per_step: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,3 +192,5 @@ class Plan:
     propensity: float = 1.0
     parameters: int = 0
     steps: int | None = None
+    layout: Layout | None = None  # None: every rank holds the whole model
+    links: tuple[LinkUse, ...] = ()

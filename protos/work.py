@@ -13,6 +13,7 @@ from protos.artifact import Artifact, Manifest
 from protos.errors import Blame
 from protos.ids import Digest, Fence, JobId
 from protos.jobspec import JobSpec
+from protos.plan import Layout
 from protos.states import AttemptState, Reason
 
 
@@ -54,6 +55,7 @@ class Task:
     test: Manifest | None = None
     weights: Manifest | None = None
     resume: Resume | None = None
+    layout: Layout | None = None  # None: every rank holds the whole model
     data_digest: str | None = None  # of the opened training data when the job was identified; None: not compared
 
 
@@ -122,6 +124,8 @@ class Usage:
     bytes_sent: int
     peak_memory_bytes: int
     startup_s: float = 0.0
+    baseline_memory_bytes: int = 0  # before the model was built: what the libraries take
+    holds: tuple[str, ...] = ()  # layers this rank held, when it was not all of them
 
 
 @dataclass(frozen=True, slots=True)

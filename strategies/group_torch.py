@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -164,6 +165,29 @@ class Group:
             with suppress(RuntimeError):
                 self.backend.abort()
 
+    def connected(self) -> None:
+        """After the connections of this group, or of a subgroup, were made: `break_group` covers them from now on."""
+        assert self._before is not None
+        self._sockets = _tcp_sockets() - self._before
+        if self.broken.is_set():
+            self.break_group()
+
+    def subgroup(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Of the default group (`connect` with a layout); every rank calls it, None on those outside. Raises PeerLost.
+
+        Its collectives are not counted here: `sent_by_kernel` counts all connections.
+        """
+        try:
+            made = dist.new_group(list(ranks))
+        except RuntimeError as error:
+            raise self.lost(error) from error
+        self.connected()
+        return made if self.rank in ranks else None
+
+    def sent_by_kernel(self) -> int:
+        """Bytes handed to TCP over all connections of the group and its subgroups, retransmissions included."""
+        return sum(_sent(descriptor, inode) for descriptor, inode in self._sockets or ())
+
     def close(self) -> None:
         """After the last collective of every rank: a rank that is already gone is no failure any more."""
         if self.backend is None:
@@ -227,29 +251,50 @@ def connect(context: TaskContext, group: Group) -> Group:
         group.upload = TokenBucket(rate, rate * UPLOAD_BURST_S, group.clock())
     store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
-    before = group._before = _tcp_sockets()
+    group._before = _tcp_sockets()
     timeout = timedelta(seconds=task.collective_timeout_s)
     try:
         devices = _devices(context, prefixed)
-        if all(device.startswith("cuda") for device in devices) and dist.is_nccl_available():
+        nccl = all(device.startswith("cuda") for device in devices) and dist.is_nccl_available()
+        if nccl:
             group.device = torch.device(context.device)
             _bind_nccl(context.interface)
-            nccl = dist.ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            group.backend = dist.ProcessGroupNCCL(prefixed, task.rank, task.world_size, nccl)
-        else:
-            options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._devices = [_gloo_device(context.interface)]
+        if task.layout is not None:
+            group.backend = _default_group(context, prefixed, timeout, "nccl" if nccl else "gloo")
+        elif nccl:
+            options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            options._threads = 2
-            group.backend = dist.ProcessGroupGloo(prefixed, task.rank, task.world_size, options)
+            group.backend = dist.ProcessGroupNCCL(prefixed, task.rank, task.world_size, options)
+        else:
+            group.backend = _gloo(prefixed, task.rank, task.world_size, timeout, context.interface)
         group.barrier()
     except (RuntimeError, DeadlineExceeded) as error:
         raise group.lost(error) from error
-    group._sockets = _tcp_sockets() - before
-    if group.broken.is_set():
-        group.break_group()
+    group.connected()
     return group
+
+
+def _default_group(context: TaskContext, store: Store, timeout: timedelta, backend: str) -> Any:
+    """torch.distributed's own default group, which DTensor, FSDP2 and pipelining find by themselves: one per process,
+    and a worker process has one attempt. Its subgroups are bound to the same trusted address."""
+    if backend == "gloo":
+        backend = "cpu:hive"
+
+        def make(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+            return _gloo(store, rank, size, timeout, context.interface)
+
+        dist.Backend.register_backend("hive", make, devices=["cpu"])
+    task = context.task
+    dist.init_process_group(backend, store=store, rank=task.rank, world_size=task.world_size, timeout=timeout)
+    return dist.group.WORLD._get_backend(torch.device("cpu" if backend != "nccl" else context.device))  # type: ignore[union-attr]
+
+
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta, bound_to: str) -> Any:
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [_gloo_device(bound_to)]
+    options._timeout = timeout
+    options._threads = 2
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def _devices(context: TaskContext, store: Store) -> list[str]:
@@ -292,6 +337,19 @@ def _tcp_sockets() -> frozenset[tuple[int, int]]:
                 if inet and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     found.add((descriptor, os.fstat(descriptor).st_ino))
     return frozenset(found)
+
+
+_BYTES_SENT_AT = 200  # tcpi_bytes_sent of struct tcp_info, Linux 4.19 and later
+
+
+def _sent(descriptor: int, inode: int) -> int:
+    with suppress(OSError):
+        if os.fstat(descriptor).st_ino == inode:
+            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
+                info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT_AT + 8)
+            if len(info) == _BYTES_SENT_AT + 8:
+                return int.from_bytes(info[_BYTES_SENT_AT:], sys.byteorder)
+    return 0
 
 
 def _size(tensor: torch.Tensor) -> int:
