@@ -12,6 +12,7 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from strategies.registry import BUILT
 
 SEED = 20240229
 WORLDS = 24
+LAYERS = 2
 PRIOR = Path(__file__).resolve().parent.parent / "qtable" / "prior.json"
 
 _PARAMETERS = ((1e3, 1e6), (1e6, 1e8), (1e8, 1e9), (1e9, 1e10))
@@ -84,13 +86,18 @@ def _job(rng: random.Random) -> JobSpec:
 
 
 def _profile(parameters: int, rng: random.Random) -> ModelProfile:
-    """One layer that stands for all: between 2 FLOP per parameter (dense) and 500 (convolutions, long sequences)."""
+    """Two equal layers that stand for all: from 2 FLOP per parameter (dense) to 500 (convolutions, long sequences). One
+    model in ten can be cut between them: enough for a mean, and the search for stages takes most of the time."""
     kind, reuse = ("Linear", _between(rng, 2, 500)) if rng.random() < 0.6 else ("Conv2d", _between(rng, 10, 500))
-    layer = LayerProfile("all", kind, parameters, reuse * parameters, 4e3 + 0.02 * parameters * reuse / 2, 4e3)
+    activations = 4e3 + 0.02 * parameters * reuse / 2
+    layer = LayerProfile(
+        "", kind, parameters // LAYERS, reuse * parameters / LAYERS, activations / LAYERS, 4e3, (), 4e3
+    )
+    layers = tuple(replace(layer, name=f"block.{index}") for index in range(LAYERS))
     need = Requirements(1.0, 0, 0, 1.0, "layers")
     return ModelProfile(
         "pytorch", "source", Family.UNKNOWN, "", parameters, 4 * parameters, True, ("float32",), (250,),
-        complexity_of(parameters), (layer,), need, 1.0,
+        complexity_of(parameters), layers, need, 1.0, why_not_cut="" if rng.random() < 0.1 else "it loops",
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from coordinator.jobs_service import JobsService
 from coordinator.join_token import JoinToken
 from coordinator.learning import Learner
 from coordinator.membership import MembershipService
+from coordinator.peers import Peers
 from coordinator.placement import Placement
 from coordinator.rendezvous import Rendezvous
 from coordinator.sessions import Sessions
@@ -137,7 +138,13 @@ async def _start(
     )
     identifier = Identifier(sessions, lambda digest: blobs.path(digest))
     rendezvous = Rendezvous(lambda job_id, fence: controller.is_current(job_id, fence))
-    effects = Effects(store, sessions, rendezvous, identifier, placement, learner, folders, blobs, tasks)
+    peers = Peers(
+        authority,
+        sessions,
+        lambda: controller.state,
+        lambda job_id, fence: controller.is_current(job_id, fence),
+    )
+    effects = Effects(store, sessions, rendezvous, identifier, placement, learner, folders, blobs, peers, tasks)
     controller = Controller(store, placement.plan_for, effects.perform, effects.supplement, time.time, Timing())
     effects.controller = controller
     await controller.recover()
@@ -193,7 +200,7 @@ async def _start(
         await doors.enter_async_context(beacon)
     await _owner_credential(config, authority, tokens, port, session_port)
     token = Token(authority.fingerprint, await join_token.secret()).text
-    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run()):
+    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run(), peers.run()):
         tasks.create_task(helper)
     log.info("coordinator is ready", address=address, session_port=session_port)
     return Ready(address, session_port, config.home, token, join_command(address, token, Role.NODE))

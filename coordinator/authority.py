@@ -1,9 +1,10 @@
 """The coordinator's own certificate authority: made on first start, kept in one private file, issues every certificate.
 
 Owns key and certificate of the CA, the form of an identity (`n-`/`c-` + 16 base32 characters of the key's SHA-256; the
-role in a URI name `hive:<role>:<id>`) and what a certificate says. Refuses requests not signed by their own key or
-whose key is not on P-256 or a larger NIST curve; nothing else a request says is copied. Invariants: the file is
-created whole or not at all, by whoever is first; a client's certificate cannot serve, the server's cannot call.
+role in a URI name `hive:<role>:<id>`), what a certificate says, and the signature under a roster. Refuses requests not
+signed by their own key or whose key is not on P-256 or a larger NIST curve; nothing else a request says is copied.
+Invariants: the file is created whole or not at all, by whoever is first; a person's certificate cannot serve, the
+coordinator's cannot call, and a node's serves under its own id and no other name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from protos import limits
+from protos import limits, roster
 from protos.credentials import SERVER_NAME, Credential, write_private
 from protos.errors import AccessError, ErrorCode
 from protos.token import Role
@@ -70,18 +71,22 @@ class Authority:
         return self.certificate.fingerprint(hashes.SHA256()).hex()
 
     def issue(self, request: KeyRequest, role: Role, name: str, now: float) -> Issued:
-        """A client certificate of `limits.CERTIFICATE_HOURS` for a checked request; its subject is ours to say."""
+        """A member's certificate of `limits.CERTIFICATE_HOURS` for a checked request; its subject is ours to say."""
         subject = subject_id(role, request.key_id)
         expires = now + limits.CERTIFICATE_HOURS * 3600
-        names = [
+        names: list[x509.GeneralName] = [
             x509.UniformResourceIdentifier(f"{ROLE_URI}{role}:{subject}"),
             x509.UniformResourceIdentifier(NAME_URI + quote(name[: limits.MAX_NAME_CHARACTERS], safe="")),
         ]
+        usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        if role is Role.NODE:  # it serves its peers, who know it by its id
+            names.append(x509.DNSName(subject))
+            usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
         certificate = self._sign(
             request.public_key,
             subject,
             x509.SubjectAlternativeName(names),
-            ExtendedKeyUsageOID.CLIENT_AUTH,
+            usages,
             _time(now) - _CLOCK_SKEW,
             _time(expires),
         )
@@ -98,7 +103,7 @@ class Authority:
             key.public_key(),
             SERVER_NAME,
             x509.SubjectAlternativeName([x509.DNSName(SERVER_NAME)]),
-            ExtendedKeyUsageOID.SERVER_AUTH,
+            [ExtendedKeyUsageOID.SERVER_AUTH],
             self.certificate.not_valid_before_utc,
             self.certificate.not_valid_after_utc,
         )
@@ -121,12 +126,16 @@ class Authority:
             expires_unix_s=issued.expires_unix_s,
         )
 
+    def sign_roster(self, document: bytes) -> bytes:
+        """Signature under a roster's document; what is signed can never be read as a certificate."""
+        return self.key.sign(roster.signed_part(document), ec.ECDSA(hashes.SHA256()))
+
     def _sign(
         self,
         public_key: ec.EllipticCurvePublicKey,
         common_name: str,
         alternative_names: x509.SubjectAlternativeName,
-        usage: x509.ObjectIdentifier,
+        usages: list[x509.ObjectIdentifier],
         not_before: datetime.datetime,
         not_after: datetime.datetime,
     ) -> bytes:
@@ -140,7 +149,7 @@ class Authority:
             .not_valid_after(min(not_after, self.certificate.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=True)
             .add_extension(alternative_names, critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(_public(self.certificate)), critical=False

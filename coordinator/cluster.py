@@ -1,6 +1,7 @@
-"""The cluster as the planner sees it: connected nodes with what they measured.
+"""The cluster as the planner sees it: connected nodes with what they measured, and the links between pairs of them.
 
-Pairs of nodes are not probed yet: strategies.links says what stands in for an unmeasured link.
+strategies.links says what stands in for a link that is not measured. Loopback counts as not measured: there a probe
+sees the cost of TLS and of Python, not the link, and what gloo reaches over loopback is known.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from protos.capacity import Capacity
 from protos.ids import NodeId
 from protos.plan import ClusterView, NodeView
 from protos.states import Activity, Eligibility, NodeLink
+from strategies.links import LOOPBACK
 
 _NAMED = 3
 
@@ -66,13 +68,15 @@ def _doing(node: NodeStatus) -> str:
 def cluster_view(sessions: Sessions, among: Collection[NodeId]) -> ClusterView:
     """The connected nodes of `among`, taken as idle: who is busy is the scheduler's question, not the planner's."""
     here = [sessions[node_id] for node_id in sorted(among) if node_id in sessions]
-    return ClusterView(tuple(_idle(each.node_id, each.name, each.capacity) for each in here))
+    ids = {each.node_id for each in here}
+    links = {pair: link for pair, link in sessions.links.items() if ids.issuperset(pair) and link.network != LOOPBACK}
+    return ClusterView(tuple(_idle(each.node_id, each.name, each.capacity) for each in here), links)
 
 
 def once_back(view: ClusterView, away: Iterable[Away]) -> ClusterView:
     """The same with the members that take no work now, as they were when they were last here."""
     known = [_idle(each.node_id, each.name, each.capacity) for each in away if each.capacity is not None]
-    return ClusterView((*view.nodes, *known))
+    return ClusterView((*view.nodes, *known), view.links)
 
 
 def _idle(node_id: NodeId, name: str, capacity: Capacity) -> NodeView:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from coordinator import recovery
 from coordinator.changes import Changes, Extra, Supplement, submitted_event
+from coordinator.checkpoints import with_uploaded
 from coordinator.control import events as e
 from coordinator.control.state import State, Timing
 from coordinator.control.step import step
@@ -28,7 +29,7 @@ from protos.ids import Fence, JobId, NodeId
 from protos.log import Log
 from protos.plan import Plan
 from protos.states import TERMINAL_JOB_STATES, Eligibility, JobState, NodeLink
-from protos.work import Checkpoint
+from protos.work import Checkpoint, Checkpoints
 
 log = Log("hive.coordinator.controller")
 
@@ -192,11 +193,16 @@ class Controller:
 
     async def _checkpointed(self, job_id: JobId, fence: Fence, checkpoint: Checkpoint, accept: Write) -> None:
         record = self._records.get(job_id)
-        newest = record and record.checkpoint_json and documents.decode(Checkpoint, record.checkpoint_json).step
-        if record is None or record.state in TERMINAL_JOB_STATES or (newest or 0) >= checkpoint.step:
+        known = (
+            documents.decode(Checkpoints, record.checkpoint_json)
+            if record and record.checkpoint_json
+            else Checkpoints()
+        )
+        now = with_uploaded(known, checkpoint)
+        if record is None or record.state in TERMINAL_JOB_STATES or now == known:
             await self._store.commit(accept)
             return
-        changed = replace(record, checkpoint_json=documents.encode(checkpoint))
+        changed = replace(record, checkpoint_json=documents.encode(now))
         event = AppendEvent("checkpoint", job_id, None, {"step": checkpoint.step, "fence": fence})
         await self._store.commit(accept, PutJob(changed, record.version), event)
         self._records[job_id] = replace(changed, version=record.version + 1)

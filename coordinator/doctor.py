@@ -65,9 +65,15 @@ class Doctor:
                 "one machine: loopback" if len(machines) < 2 else f"networks: {', '.join(sorted(networks)) or 'none'}",
                 "name the LAN on each machine: hive-node start --trusted-lan IFACE|CIDR",
             ),
+            self._peer_links(),
             _check("zeroconf", not problem, problem or announced, "use --coordinator HOST:PORT on the nodes"),
             _check("learning", True, self.learner.notes),
         ]
+
+    def _peer_links(self) -> dict[str, Any]:
+        relayed = sorted(each.name for each in self.sessions.values() if each.capacity.peer_port is None)
+        others = f"; by way of the coordinator: {', '.join(relayed)}" if relayed else ""
+        return _check("peer links", True, f"{len(self.sessions.links)} pairs of nodes measured{others}")
 
     def lan_obstacle(self) -> str:
         """Why there is nothing, or less, to see on the LAN; or nothing."""

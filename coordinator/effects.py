@@ -21,6 +21,7 @@ from coordinator.decompose import Inputs, decompose
 from coordinator.identification import Identifier, Refusal
 from coordinator.job_folder import JobFolders
 from coordinator.learning import Learner
+from coordinator.peers import Peers
 from coordinator.placement import Placement
 from coordinator.records import Attempt, Job
 from coordinator.rendezvous import Rendezvous
@@ -36,7 +37,7 @@ from protos.ids import JobId, NodeId
 from protos.log import Log
 from protos.plan import Identification
 from protos.states import TERMINAL_JOB_STATES, Reason
-from protos.work import Checkpoint, Resume
+from protos.work import Checkpoints, Resume
 
 log = Log("hive.coordinator.effects")
 
@@ -56,6 +57,7 @@ class Effects:
         learner: Learner,
         folders: JobFolders,
         blobs: BlobStore,
+        peers: Peers,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._store = store
@@ -66,6 +68,7 @@ class Effects:
         self._learner = learner
         self._folders = folders
         self._blobs = blobs
+        self._peers = peers
         self._tasks = tasks
         self._identifying: dict[JobId, asyncio.Task[None]] = {}
         self._tracebacks: dict[JobId, tuple[str, ...]] = {}  # of models that failed to build, until their job's end
@@ -151,9 +154,12 @@ class Effects:
         record = controller.record(effect.job_id)
         resume = None
         if record.checkpoint_json:
-            checkpoint = documents.decode(Checkpoint, record.checkpoint_json)
-            resume = Resume(checkpoint.step, checkpoint.manifest)
+            newest = documents.decode(Checkpoints, record.checkpoint_json).newest
+            resume = Resume(newest.step, newest.manifest) if newest is not None else None
         inputs = Inputs(files.code, files.data, files.test, files.weights, known.found.data.digest)
+        manifests = (files.code, files.data, files.test, files.weights, resume.manifest if resume else None)
+        nodes = [subtask.node_id for subtask in sorted(job.plan.subtasks, key=lambda subtask: subtask.rank)]
+        self._peers.admit(effect.job_id, effect.fence, nodes, [each for each in manifests if each is not None])
         tasks = decompose(job.plan, files.spec, effect.job_id, effect.fence, inputs, resume)
         task = next(task for task in tasks if task.rank == effect.rank)
         offer = work_pb2.Offer(task_json=documents.encode(task), ttl_s=limits.LEASE_TTL_S)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import json
 import logging
 import re
 import secrets
@@ -22,15 +21,12 @@ import grpc
 import grpc.aio
 
 from coordinator.access import FRONT_DOOR, Caller, identify, permit
-from protos.dial import ERROR_KEY, PROTOCOL_TOKEN
-from protos.errors import TABLE, AccessError, ErrorCode, HiveError, Unreachable
+from protos.dial import PROTOCOL_TOKEN
+from protos.errors import AccessError, ErrorCode, HiveError, Unreachable
+from protos.refusal import abort
 from protos.version import negotiate
 
 _log = logging.getLogger("hive.coordinator.rpc")
-_MAX_MESSAGE_CHARACTERS = 4000  # trailing metadata is bounded by the peer, 8 KiB at least
-_MAX_HINT_CHARACTERS = 1000
-_MAX_DETAILS_CHARACTERS = 2000
-_MAX_STATUS_CHARACTERS = 300
 _PROTOCOL = re.compile(PROTOCOL_TOKEN + r"/(\d{1,6})-(\d{1,6})(?:\s|$)")
 
 Admit = Callable[[str, Any], Awaitable[None]]  # (full method, ServicerContext): raises HiveError to refuse
@@ -134,27 +130,16 @@ async def _errors(method: str, context: Any) -> AsyncIterator[None]:
     try:
         yield
     except HiveError as error:
-        await _abort(context, error)
+        await abort(context, error)
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception:
         incident = secrets.token_hex(4)
         _log.exception("incident %s in %s", incident, method)
-        await _abort(
+        await abort(
             context,
             HiveError(
                 f"the coordinator failed while answering {method.rpartition('/')[2]} (incident {incident})",
                 f"look for incident {incident} in the coordinator's log and report it",
             ),
         )
-
-
-async def _abort(context: Any, error: HiveError) -> None:
-    document = error.document()
-    document["message"] = document["message"][:_MAX_MESSAGE_CHARACTERS]
-    document["hint"] = document["hint"][:_MAX_HINT_CHARACTERS]
-    if "details" in document:  # the end of a traceback says most
-        document["details"] = document["details"][-_MAX_DETAILS_CHARACTERS:]
-    encoded = json.dumps(document, ensure_ascii=False).encode(errors="replace")
-    status = getattr(grpc.StatusCode, TABLE[error.code].grpc)
-    await context.abort(status, error.message[:_MAX_STATUS_CHARACTERS], trailing_metadata=((ERROR_KEY, encoded),))

@@ -64,9 +64,9 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
 
     async def Nodes(self, request: jobs_pb2.NodesRequest, context: Any) -> jobs_pb2.Document:
         members = sorted(self.controller.state.nodes.values(), key=lambda node: (not node.reachable, node.name))
-        content: dict[str, Any] = {}
+        content: dict[str, Any] = {"links": views.links(self.sessions.links)}
         if request.lan:
-            content = {"lan": await self._lan(caller(context).role), "lan_problem": self.doctor.lan_obstacle()}
+            content |= {"lan": await self._lan(caller(context).role), "lan_problem": self.doctor.lan_obstacle()}
         return _answer(**fitting("nodes", [self._node(node.node_id) for node in members], **content))
 
     async def _lan(self, role: Role) -> list[dict[str, Any]]:

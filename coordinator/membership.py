@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ from protos.gen import membership_pb2_grpc, work_pb2
 from protos.ids import Fence, JobId, NodeId
 from protos.log import Log
 from protos.partial_file import disk_error
+from protos.roster import key_sha256
 from protos.states import Activity, AttemptState, Reason
 from protos.version import negotiate
-from protos.work import Checkpoint, Fault, HeldLease, Outcome, Progress
+from protos.work import Checkpoint, Checkpoints, Fault, HeldLease, Outcome, Progress
 
 log = Log("hive.coordinator.membership")
 
@@ -88,6 +90,8 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
             raise Unreachable(agreement.reason, code=ErrorCode.VERSION_MISMATCH)
         node_id = NodeId(who.id)
         session = Session(node_id, hello.name, hello.spool_id, documents.decode(Capacity, hello.capacity_json))
+        if hello.peers:
+            session.key_sha256 = key_sha256(context.auth_context()["x509_pem_cert"][0])
         leases = documents.decode(tuple[HeldLease, ...], hello.leases_json or b"[]")
         activity = _activity(hello.activity)
         acknowledged = await self._store.accepted(node_id, hello.spool_id)
@@ -156,6 +160,8 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
                 self._sessions.answer_files(session.node_id, message.file_answer)
             case "task_result":
                 self._sessions.answer_task(session.node_id, message.task_result)
+            case "probe_result":
+                self._sessions.answer_probe(session.node_id, message.probe_result)
             case "leaving":
                 leaving = message.leaving
                 await self._controller.post(e.NodeLeft(session.node_id, leaving.for_good, leaving.reason))
@@ -217,7 +223,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
             case "progress_json":
                 await self._progress(session, job_id, fence, rank, message.progress_json, accept)
             case "checkpoint_json":
-                checkpoint = documents.decode(Checkpoint, message.checkpoint_json)
+                checkpoint = replace(documents.decode(Checkpoint, message.checkpoint_json), fence=fence)
                 check_manifest(checkpoint.manifest)
                 before = self._checkpoint(job_id)
                 await self._controller.checkpointed(job_id, fence, checkpoint, accept)
@@ -237,7 +243,7 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
             document = self._controller.record(job_id).checkpoint_json
         except NotFound:
             return None
-        return documents.decode(Checkpoint, document) if document else None
+        return documents.decode(Checkpoints, document).newest if document else None
 
     async def _progress(
         self, session: Session, job_id: JobId, fence: Fence, rank: int, document: bytes, accept: Accept

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator import planner
 from coordinator.cluster import JOIN_HINT, WAIT_HINT, Away, cluster_view, once_back, said_of
@@ -63,12 +63,13 @@ class Placement:
         self._refused.pop(job_id, None)
 
     def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
-        """A dry run over all nodes that would take work. Raises NoPlacement."""
+        """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement."""
         if not nodes:
             raise NoPlacement(*self._nobody())
         view = cluster_view(self._sessions, nodes)
-        learner = self._learner
-        return planner.plan(submission.spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
+        learner, spec = self._learner, submission.spec
+        made = planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
+        return replace(made, spares=planner.spare_plans(made, spec, found.profile, found.data, view))
 
     def plan_for(
         self,
@@ -138,4 +139,6 @@ def _broken(message: str, hint: str) -> Unplaced:
 
 
 def _needed(spec: JobSpec) -> int:
-    return max(spec.nodes.min, 1 if spec.strategy in ("auto", StrategyName.SINGLE_NODE) else 2)
+    options = spec.strategy_options
+    asked = (options.stages or 2) * (options.replicas or 1) if options else 2
+    return max(spec.nodes.min, 1 if spec.strategy in ("auto", StrategyName.SINGLE_NODE) else asked)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import combinations
 
+from coordinator.smallest_change import smallest_changes
 from protos.errors import NoPlacement
 from protos.ids import NodeId, PlanId, new_plan_id
-from protos.jobspec import JobSpec, StrategyName
+from protos.jobspec import JobSpec, StrategyName, StrategyOptions
 from protos.model import ModelProfile
-from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Plan
+from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Layout, Plan, SparePlan
 from protos.states import Activity
 from qtable.backoff import residuals
 from qtable.policy import FAR, Ledger, choose
@@ -27,6 +29,7 @@ from strategies.registry import BUILT
 
 RENDEZVOUS = "store over the session stream"
 RETRIES = 3
+SPARES_OF_TWO = 8  # nodes of a plan, up to which the loss of any two is looked at; half of that where stages are cut
 _START_DEADLINE_S, _LONGEST_START_S = 120.0, 3600.0
 
 
@@ -77,19 +80,66 @@ def replan(
     holders: Iterable[NodeId] = (),
     plan_id: PlanId | None = None,
 ) -> Plan:
-    """The plan with which an interrupted job goes on: the same strategy when it still fits, else on one node.
+    """The plan with which an interrupted job goes on: the same strategy if it still fits, else the quickest that does.
 
     At least one of `holders` (nodes that have the newest state) takes part. Results do not depend on the strategy, so a
-    strategy the job file names gives way to single_node here rather than to waiting; nodes.min never gives way.
+    strategy the job file names gives way to another one here rather than to waiting; nodes.min never gives way.
     """
-    considered = consider(Inputs(spec, profile, data, cluster, frozenset(holders)), table)
+    considered = consider(_without_shape(Inputs(spec, profile, data, cluster, frozenset(holders)), previous), table)
     if previous in considered.placed:
         return _forced(considered, previous, "goes on as before with the nodes that are left", plan_id)
-    fallback = StrategyName.SINGLE_NODE.value
-    if fallback in considered.placed:
-        lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
-        return _forced(considered, fallback, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
-    raise _no_placement(considered, dict.fromkeys((previous, fallback)))
+    if not considered.placed:
+        raise _no_placement(considered, dict.fromkeys((previous, *BUILT)))
+    quickest = min(considered.placed, key=lambda name: considered.placed[name].cost.seconds)
+    lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
+    return _forced(considered, quickest, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
+
+
+def _without_shape(inputs: Inputs, previous: str) -> Inputs:
+    """Options of a strategy are kept while they can be: with fewer nodes there may be no such number of stages."""
+    spec = inputs.spec
+    if spec.strategy_options is None or previous not in BUILT or not BUILT[StrategyName(previous)].feasible(inputs):
+        return inputs
+    return replace(inputs, spec=spec.model_copy(update={"strategy_options": None}))
+
+
+def spare_plans(
+    made: Plan, spec: JobSpec, profile: ModelProfile, data: DataProfile, cluster: ClusterView
+) -> tuple[SparePlan, ...]:
+    """How the job would go on without any one node of the plan, and without any two of a few: what `replan` would do,
+    as far as can be said beforehand. Every node is taken to have the newest state."""
+    used = tuple(dict.fromkeys(subtask.node_id for subtask in made.subtasks))
+    few = len(used) <= (SPARES_OF_TWO if made.layout is None else SPARES_OF_TWO // 2)
+    losses = [*combinations(used, 1), *(combinations(used, 2) if few and len(used) > 2 else ())]
+    return tuple(_spare(made, Inputs(spec, profile, data, _without(cluster, lost)), lost) for lost in losses)
+
+
+def _without(cluster: ClusterView, lost: tuple[NodeId, ...]) -> ClusterView:
+    return replace(cluster, nodes=tuple(node for node in cluster.nodes if node.node_id not in lost))
+
+
+def _spare(made: Plan, inputs: Inputs, lost: tuple[NodeId, ...]) -> SparePlan:
+    strategy = BUILT[StrategyName(made.strategy)]
+    inputs = _without_shape(inputs, made.strategy)
+    alike = _as_fine(inputs, made)
+    reasons = strategy.feasible(alike)
+    if not reasons:
+        placed = strategy.estimate(alike)
+        return SparePlan(lost, made.strategy, tuple(dict.fromkeys(placed.nodes)), placed.cost.seconds)
+    others = {name: each.estimate(inputs) for name, each in BUILT.items() if not each.feasible(inputs)}
+    if not others:
+        return SparePlan(lost, "", (), reason="; ".join(reasons))
+    name, placed = min(others.items(), key=lambda other: other[1].cost.seconds)
+    return SparePlan(lost, name.value, tuple(dict.fromkeys(placed.nodes)), placed.cost.seconds, "; ".join(reasons))
+
+
+def _as_fine(inputs: Inputs, made: Plan) -> Inputs:
+    """A pipeline with as many micro-batches as the one that was made: looking for a better number takes most of the
+    time of a plan, and there are many losses to look at."""
+    if made.strategy != StrategyName.PIPELINE_PARALLEL or made.layout is None:
+        return inputs
+    options = StrategyOptions(microbatches=made.subtasks[0].accumulate, schedule=made.layout.schedule)
+    return replace(inputs, spec=inputs.spec.model_copy(update={"strategy": made.strategy, "strategy_options": options}))
 
 
 def placeable_when_idle(spec: JobSpec, profile: ModelProfile, data: DataProfile, cluster: ClusterView) -> bool:
@@ -173,12 +223,14 @@ def _plan(considered: Consideration, strategy: str, why: str, propensity: float,
         propensity=propensity,
         parameters=inputs.profile.parameters,
         steps=placed.steps,
+        layout=placed.layout,
+        links=placed.links,
     )
 
 
 def _coordination(placed: PlacedEstimate) -> CoordinationPlan:
     alone = len(placed.placements) == 1
-    barriers = () if alone else ("process group formed", "newest state broadcast", "gradients averaged, every step")
+    barriers = () if alone else ("process group formed", "newest state broadcast", *_every_step(placed.layout))
     return CoordinationPlan(
         rendezvous="" if alone else RENDEZVOUS,
         network=placed.network,
@@ -192,12 +244,24 @@ def _coordination(placed: PlacedEstimate) -> CoordinationPlan:
     )
 
 
+def _every_step(layout: Layout | None) -> tuple[str, ...]:
+    """What the ranks wait for in each other's steps."""
+    if layout is None:
+        return ("gradients averaged, every step",)
+    if layout.sharded:
+        return ("shards gathered and gradients scattered, every block of every step",)
+    if layout.tensor > 1:
+        return ("parts of layers added up, every layer of every step",)
+    averaged = ("gradients of each stage averaged, every step",) if layout.replicas > 1 else ()
+    return ("activations and their gradients handed on, every micro-batch", *averaged)
+
+
 def _sentence(considered: Consideration, strategy: str, why: str) -> str:
     """The choice, the predictions beside it and what was not possible, for a person."""
     names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
     chosen = considered.placed[strategy]
-    where = ", ".join(names[node] for node in chosen.nodes)
-    parts = [f"{strategy} on {where}: predicted {_seconds(chosen.cost.seconds)}{_sync(chosen)}"]
+    where = ", ".join(dict.fromkeys(names[node] for node in chosen.nodes))
+    parts = [f"{strategy} on {where}{_shape(chosen)}: predicted {_seconds(chosen.cost.seconds)}{_sync(chosen)}"]
     for candidate in considered.candidates:
         if candidate.strategy == strategy:
             continue
@@ -207,6 +271,18 @@ def _sentence(considered: Consideration, strategy: str, why: str) -> str:
         elif candidate.reasons != (NOT_BUILT,):
             parts.append(f"{candidate.strategy} not possible ({'; '.join(candidate.reasons)})")
     return f"{', '.join(parts)}; {why}"
+
+
+def _shape(placed: PlacedEstimate) -> str:
+    layout = placed.layout
+    if layout is None:
+        return ""
+    if len(layout.stages) > 1:
+        replicas = f" x {layout.replicas} replicas" if layout.replicas > 1 else ""
+        return f" ({len(layout.stages)} stages{replicas}, {placed.accumulate[0]} micro-batches, {layout.schedule})"
+    if layout.sharded:
+        return f" ({len(placed.placements)} shards)"
+    return f" (every layer in {layout.tensor} parts)" if layout.tensor > 1 else " (activations computed again)"
 
 
 def _seconds(seconds: float) -> str:
@@ -239,4 +315,7 @@ def _hint(considered: Consideration, reasons: dict[str, str]) -> str:
         return "hive nodes shows each node's state; hive-node resume and hive node uncordon bring one back"
     if any("--trusted-lan" in why for why in reasons.values()):
         return "restart the nodes of one LAN with --trusted-lan IFACE|CIDR, or use strategy: single_node"
+    changes = smallest_changes(inputs, considered.placed)
+    if changes:
+        return f"what would make it fit: {'; or '.join(changes)}"
     return "hive nodes shows what each node grants; grant more, add a node, or ask for less under nodes: and train:"

@@ -14,7 +14,7 @@ from typing import Any
 
 from protos import documents
 from protos.artifact import Manifest
-from protos.capacity import Capacity
+from protos.capacity import Capacity, LinkEstimate
 from protos.errors import DeadlineExceeded, HiveError, NotFound, Unreachable
 from protos.gen import membership_pb2 as pb
 from protos.gen import work_pb2
@@ -32,11 +32,13 @@ class Session:
     name: str
     spool_id: str
     capacity: Capacity
+    key_sha256: str = ""  # of the key it proved; empty for a node that knows nothing of rosters
     outgoing: asyncio.Queue[pb.CoordinatorMessage | None] = field(
         default_factory=lambda: asyncio.Queue(maxsize=_MAX_QUEUED)
     )
     tasks: dict[int, asyncio.Future[Outcome]] = field(default_factory=dict)
     files: dict[int, asyncio.Future[frozenset[str]]] = field(default_factory=dict)
+    probes: dict[int, asyncio.Future[pb.ProbeResult]] = field(default_factory=dict)
     closed: bool = False
     open_calls: int = 0  # of the rendezvous, not answered yet
 
@@ -55,7 +57,7 @@ class Session:
         while not self.outgoing.empty():
             self.outgoing.get_nowait()
         self.outgoing.put_nowait(None)
-        questions: list[asyncio.Future[Any]] = [*self.tasks.values(), *self.files.values()]
+        questions: list[asyncio.Future[Any]] = [*self.tasks.values(), *self.files.values(), *self.probes.values()]
         for waiting in questions:
             if not waiting.done():
                 waiting.set_exception(_away(self.name))
@@ -66,9 +68,11 @@ def _away(name: str) -> Unreachable:
 
 
 class Sessions(Mapping[NodeId, Session]):
-    """By node id; a node that connects again replaces its older stream."""
+    """By node id; a node that connects again replaces its older stream. `links`: what was measured between two of them,
+    by the sorted pair; see coordinator.peers."""
 
     def __init__(self) -> None:
+        self.links: dict[tuple[NodeId, NodeId], LinkEstimate] = {}
         self._sessions: dict[NodeId, Session] = {}
         self._numbers = itertools.count(1)
 
@@ -150,6 +154,24 @@ class Sessions(Mapping[NodeId, Session]):
         finally:
             session.files.pop(number, None)
 
+    async def probe(self, node_id: NodeId, subject: str, peer_id: NodeId, deadline_s: float) -> pb.ProbeResult:
+        """The link from one node to another as it measured it. Raises Unreachable, DeadlineExceeded."""
+        session = self._sessions.get(node_id)
+        if session is None or session.closed:
+            raise Unreachable(f"{node_id} is not connected", "it is asked again when it is back")
+        number = next(self._numbers)
+        answer: asyncio.Future[pb.ProbeResult] = asyncio.get_running_loop().create_future()
+        session.probes[number] = answer
+        order = pb.ProbeOrder(call_id=number, subject=subject, peer_id=peer_id)
+        session.send(pb.CoordinatorMessage(probe_order=order))
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"{session.name} did not finish a probe within {deadline_s:.0f} s") from None
+        finally:
+            session.probes.pop(number, None)
+
     def answer_task(self, node_id: NodeId, result: work_pb2.TaskResult) -> None:
         session = self._sessions.get(node_id)
         waiting = session.tasks.get(result.call_id) if session else None
@@ -165,3 +187,9 @@ class Sessions(Mapping[NodeId, Session]):
         waiting = session.files.get(answer.call_id) if session else None
         if waiting is not None and not waiting.done():
             waiting.set_result(frozenset(answer.present_digests))
+
+    def answer_probe(self, node_id: NodeId, result: pb.ProbeResult) -> None:
+        session = self._sessions.get(node_id)
+        waiting = session.probes.get(result.call_id) if session else None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(result)

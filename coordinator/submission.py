@@ -35,8 +35,8 @@ class Submission:
     def key(self) -> str:
         """Equal for submissions that build the same model on the same data."""
         parts = [f"{name}:{manifest.digest}" for name, manifest in self.manifests.items()]
-        # what the name, the number of epochs and the like say does not change what is identified
-        described = self.spec.model_copy(update={"name": "", "strategy": "auto"})
+        # the name does not change what is identified; the strategy does: it decides whether places for cuts are sought
+        described = self.spec.model_copy(update={"name": "", "strategy_options": None})
         return "\n".join([jobspec.dump(described), *parts])
 
     def task(self, kind: TaskKind, job_id: JobId) -> Task:

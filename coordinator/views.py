@@ -10,7 +10,8 @@ from typing import Any
 from coordinator.control.state import NodeStatus
 from coordinator.records import Attempt, Job, TokenRecord
 from protos import documents
-from protos.capacity import Capacity
+from protos.capacity import Capacity, LinkEstimate
+from protos.ids import NodeId
 from protos.plan import Identification, NodeView, Plan
 from protos.states import TERMINAL_JOB_STATES, JobState
 from protos.version import SCHEMA
@@ -23,6 +24,7 @@ _WITHOUT_A_MESSAGE = {
 
 
 STILL_S = 30.0
+_MAX_LINKS = 5000
 
 
 def sentence(record: Job) -> str:
@@ -74,6 +76,20 @@ def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, An
         "rtt_s": capacity.rtt_s if capacity else None,
         "bandwidth_mbps": None if bandwidth is None else bandwidth * 8 / 1e6,
     }
+
+
+def links(measured: Mapping[tuple[NodeId, NodeId], LinkEstimate]) -> list[dict[str, Any]]:
+    """Pairs of connected nodes whose link was measured; at most so many as a message holds beside the nodes."""
+    return [
+        {
+            "a": a,
+            "b": b,
+            "rtt_s": link.rtt_s,
+            "bandwidth_mbps": link.bandwidth_bytes_per_s * 8 / 1e6,
+            "network": link.network,
+        }
+        for (a, b), link in sorted(measured.items())[:_MAX_LINKS]
+    ]
 
 
 def plan(made: Plan, found: Identification | None, layers: int) -> dict[str, Any]:

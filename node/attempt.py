@@ -33,6 +33,7 @@ from protos.log import Log
 from protos.partial_file import disk_error
 from protos.states import AttemptState, StopMode
 from protos.work import Checkpoint, Outcome, Progress, Task
+from strategies.checkpoint_name import CheckpointName, parse_folder
 
 log = Log("hive.node.attempt")
 T = TypeVar("T")
@@ -170,7 +171,7 @@ class Attempt:
             outcome = replace(outcome, usage=replace(outcome.usage, peak_memory_bytes=peak))
         if outcome.state is AttemptState.DONE:
             return replace(outcome, artifacts=await self._unless(self._deliver(), StopMode.CANCEL))
-        if self._stop_mode() is StopMode.PAUSE and outcome.held_step is not None and self.task.rank == 0:
+        if self._stop_mode() is StopMode.PAUSE:
             await self._hand_over(outcome)
         return outcome
 
@@ -196,13 +197,13 @@ class Attempt:
 
     async def _hand_over(self, outcome: Outcome) -> None:
         """This node may be gone when the job goes on: leave the newest state with the coordinator, bounded in time."""
-        newest = self._tools.workspaces.newest_checkpoint(self.task.job_id)
-        if newest is None:
+        newest = self._tools.workspaces.newest_checkpoint(self.task)
+        if newest is None or (newest[0].whole and (self.task.rank or outcome.held_step is None)):
             return
         await self._end_upload()
         try:
             async with asyncio.timeout(_DRAIN_UPLOAD_S):
-                await self._unless(self._upload(newest[1], newest[0], outcome.samples), StopMode.CANCEL)
+                await self._unless(self._upload(newest[1], newest[0].step, outcome.samples), StopMode.CANCEL)
         except (TimeoutError, HiveError, OSError, _Stopped) as error:
             log.warning("checkpoint not handed over", job=self.task.job_id, reason=str(error) or type(error).__name__)
 
@@ -267,7 +268,8 @@ class Attempt:
     async def _upload(self, folder: Path, step: int, samples: int) -> None:
         staging = self._tools.workspaces.staging_dir(self.task, step)
         manifest = await self._tools.transfers.put_folder(folder, staging)
-        checkpoint = Checkpoint(step, samples, manifest)
+        name = parse_folder(folder.name) or CheckpointName(step)
+        checkpoint = Checkpoint(step, samples, manifest, self.task.fence, name.part, name.parts)
         self._tools.send(self._durable(checkpoint_json=documents.encode(checkpoint)))
 
     async def _end_upload(self) -> None:

@@ -60,6 +60,10 @@ class BlobCache:
         checked = check_digest(digest)
         return self._folder / checked[:2] / checked[2:]
 
+    def held(self, digest: Digest) -> Path | None:
+        """The blob, checked, if it is in the cache; it counts as used now. Blocks."""
+        return self.path(digest) if self._cached(digest) else None
+
     def pin(self, owner: str, manifests: Iterable[Manifest]) -> None:
         """Keep these until `unpin`: an owner is a job, or an attempt, that may need them again."""
         with self._guard:

@@ -32,6 +32,12 @@ _FLAGS = (
         multiple=True,
         help="A network whose owner trusts it: unencrypted collectives are allowed there. May be repeated.",
     ),
+    click.option(
+        "--peer/--no-peer",
+        default=None,
+        help="Let nodes of this cluster reach this one on its trusted networks, by mutual TLS [default: yes].",
+    ),
+    click.option("--peer-port", metavar="PORT", help="Where they reach it [default: any free port]."),
     click.option("--advertise/--no-advertise", default=None, help="Announce it on the LAN by zeroconf [default: yes]."),
     click.option(
         "--allow-root", is_flag=True, default=None, help="Run other people's code as root, if that is who you are."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from node.limits import Caps, parse_cpus, parse_gpus, parse_memory, parse_upload
-from protos.settings import Setting, boolean, home_folder, listing, resolve, text
+from protos.settings import Setting, boolean, home_folder, listing, port, resolve, text
 
 T = TypeVar("T")
 
@@ -33,6 +33,8 @@ SETTINGS = (
     Setting("gpus", _written(parse_gpus), None),
     Setting("max_upload", _written(parse_upload), None),
     Setting("trusted_lan", listing, ()),
+    Setting("peer", boolean, True),
+    Setting("peer_port", port, 0),
     Setting("advertise", boolean, True),
     Setting("allow_root", boolean, False),
     Setting("log_level", text, "info"),
@@ -49,6 +51,8 @@ class NodeConfig:
     token: str | None = None  # needed once; later starts use the credential below home
     caps: Caps = field(default_factory=Caps)
     trusted_lan: tuple[str, ...] = ()
+    peer: bool = True  # other nodes may reach this one on its trusted networks
+    peer_port: int = 0  # 0: any free one
     advertise: bool = True
     allow_root: bool = False
     log_level: str = "info"
@@ -80,6 +84,8 @@ def shown(config: NodeConfig) -> dict[str, Any]:
         "gpus": config.caps.gpus,
         "max_upload": config.caps.max_upload_bytes_per_s,
         "trusted_lan": list(config.trusted_lan),
+        "peer": config.peer,
+        "peer_port": config.peer_port,
         "advertise": config.advertise,
         "allow_root": config.allow_root,
         "log_level": config.log_level,

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 from node import agent, control, probe
@@ -25,6 +26,10 @@ from node.faults import CannotWork, failed_outcome
 from node.fitness import Fitness
 from node.joining import Joining
 from node.owner_view import OwnerView
+from node.peer import PeerListeners, PeerService
+from node.peer_client import PeerClient
+from node.peer_files import PeerFiles
+from node.peering import Peering
 from node.runner import Runner, make_runner
 from node.session import Session
 from node.spool import Spool
@@ -82,7 +87,8 @@ class Daemon:
         self._session = Session(
             identity.current, self._hello, self._handle, self._delivered, self._beat, self._connected, self._spool
         )
-        transfers = Transfers(identity.held, config.caps.max_upload_bytes_per_s)
+        client = PeerClient(identity.held, self._capacity)
+        transfers = Transfers(identity.held, config.caps.max_upload_bytes_per_s, client.fetch)
         self._cache = BlobCache(folder / "cache")
         self._workspaces = Workspaces(folder / "jobs", self._cache, transfers.fetch)
         self._errands = Errands(runner, self._workspaces, config.name)
@@ -92,7 +98,18 @@ class Daemon:
         self._fitness = Fitness(
             config, capacity, runner, self._errands, transfers, self._session, calibrations, self._judge
         )
-        self._view = OwnerView(config.name, self._fitness, self._session, self._spool, runner)
+        service = PeerService(None, PeerFiles(self._cache, self._workspaces), transfers.limiter, self._is_working)
+        self._peering = Peering(
+            config.peer,
+            PeerListeners(service, config.peer_port),
+            service,
+            client,
+            identity.held,
+            self._capacity,
+            self._reached_at,
+            transfers.limiter,
+        )
+        self._view = OwnerView(config.name, self._fitness, self._session, self._spool, runner, self._peering)
         self._unfit = ""
         self._attempts: dict[agent.Key, Attempt] = {}
         self._advertiser: Advertiser | None = None
@@ -134,6 +151,7 @@ class Daemon:
                 if await self._join():
                     await self._work()
         finally:
+            await self._peering.close()
             self._spool.close()
         if self._for_good:
             (self._config.home / "node" / "credential.json").unlink(missing_ok=True)
@@ -152,6 +170,7 @@ class Daemon:
                     tasks.create_task(self._fitness.keep_measured()),
                     tasks.create_task(self._fitness.keep_fresh(self._sweep)),
                     tasks.create_task(self._view.keep_announced(self._advertiser, self._node_id)),
+                    tasks.create_task(self._peering.keep_open()),
                 ]
                 await self._until_stopped(session)
                 for task in (session, *helpers, *self._under_way):
@@ -166,6 +185,8 @@ class Daemon:
             return False
         self._node_id = credential.id
         log.info("member", node_id=credential.id, coordinator=credential.session_address)
+        self._peering.joined(credential)
+        await self._peering.follow()
         return True
 
     def _waits_for_owner(self) -> None:
@@ -226,6 +247,7 @@ class Daemon:
             spool_id=self._spool.spool_id,
             activity=activity.value,
             activity_reason=reason,
+            peers=True,
         )
 
     def _beat(self) -> pb.Heartbeat:
@@ -271,6 +293,10 @@ class Daemon:
                 self._errands.cancel(message.task_cancel.call_id)
             case "file_question":
                 self._background(self._answer_files(message.file_question))
+            case "roster":
+                self._peering.take(message.roster)
+            case "probe_order":
+                self._background(self._probe(message.probe_order))
             case "drain":
                 action = "resume" if message.drain.undo else "drain"
                 self._apply(agent.OwnerAsked(action, message.drain.reason))
@@ -296,6 +322,19 @@ class Daemon:
         present = await self._cache.present(documents.decode(Manifest, question.manifest_json))
         answer = work_pb2.FileAnswer(call_id=question.call_id, present_digests=sorted(present))
         self._session.send(pb.NodeMessage(file_answer=answer))
+
+    async def _probe(self, order: pb.ProbeOrder) -> None:
+        self._session.send(pb.NodeMessage(probe_result=await self._peering.answer(order)))
+
+    def _capacity(self) -> Capacity:
+        return self._fitness.capacity
+
+    def _is_working(self) -> bool:
+        return bool(self._attempts)
+
+    def _reached_at(self, port: int | None) -> None:
+        self._fitness.capacity = replace(self._fitness.capacity, peer_port=port)
+        self._fitness.tell()
 
     # ---- the agent's effects
 
@@ -350,6 +389,7 @@ class Daemon:
         )
         place = Place.of(task, self._config.name, self._fitness.capacity)
         attempt = self._attempts[key] = Attempt(task, place, self._tools, listener)
+        self._peering.break_off()
         self._background(attempt.run())
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

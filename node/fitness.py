@@ -20,6 +20,7 @@ from node.cancellation import raise_if_cancelled
 from node.config import NodeConfig
 from node.errands import Errands
 from node.faults import CannotWork
+from node.memory_trim import trim
 from node.runner import Runner
 from node.session import Session
 from node.transfers import Transfers
@@ -148,6 +149,7 @@ class Fitness:
             self._probed_for = self.session.connection  # once per connection, also on a line too slow for it
             with contextlib.suppress(HiveError):
                 rate = await self.transfers.bandwidth_bytes_per_s()
+            trim()
         config = self.config
         trusted = networks.still_here(config.trusted_lan, networks.interface_addresses())
         now = probe.capacity(config.home, config.caps, trusted, self.runner.cpu_limit.mechanism)

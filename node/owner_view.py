@@ -11,6 +11,7 @@ from typing import Any
 
 from node.discovery import Advertiser
 from node.fitness import Fitness
+from node.peering import Peering
 from node.runner import Runner
 from node.session import Session
 from node.spool import Spool
@@ -32,6 +33,7 @@ class OwnerView:
     session: Session
     spool: Spool
     runner: Runner
+    peering: Peering
 
     def announcement(self, node_id: str) -> NodeAnnouncement:
         capacity = self.fitness.capacity
@@ -83,9 +85,17 @@ class OwnerView:
             _check("memory cap", True, f"{capacity.memory_bytes / 2**30:.1f} GiB, watched on the worker tree"),
             _check("speed", bool(measured), f"GFLOP/s: {measured}" if measured else unmeasured),
             _check("trusted networks", True, ", ".join(trusted) or "none but loopback (see --trusted-lan)"),
+            self._peer_check(),
             _check("zeroconf", not (advertiser and lan), lan or "announced"),
             _check("spool", True, f"{len(self.spool.waiting())} messages wait for the coordinator"),
         ]
+
+    def _peer_check(self) -> dict[str, Any]:
+        """Not to listen is the owner's choice; not to be able to is a fault."""
+        peering = self.peering
+        ok = peering.port is not None or not peering.wanted or not self.fitness.capacity.networks
+        where = "" if peering.port is None else f"other nodes reach this one at port {peering.port}"
+        return _check("peers", ok, "; ".join(filter(None, (where, peering.problem))))
 
 
 def _user() -> str:

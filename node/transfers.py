@@ -1,4 +1,4 @@
-"""Files to and from the coordinator over one channel, under the owner's upload cap.
+"""Files to and from the coordinator over one channel, under the owner's upload cap; from a peer first where one has it.
 
 Refuses to send what is not a plain file: user code wrote these folders, and a link could name anything of the owner's.
 """
@@ -33,6 +33,8 @@ _OLD_CHANNEL_S = 2 * 3600.0  # longer than a connection lives: no transfer is cu
 _FULL_S = 120.0  # how long a coordinator may be out of space before a result is given up
 _MAX_CHECKPOINT_FILES = 256
 
+FromPeers = Callable[[Digest, Path, int], Awaitable[bool]]
+
 
 class UploadLimit:
     """protos.transfer.Limiter over a token bucket."""
@@ -46,11 +48,20 @@ class UploadLimit:
 
 
 class Transfers:
-    """`credential` is asked before the channel is opened, and again when its certificate was renewed."""
+    """`credential` is asked before the channel is opened, and again when its certificate was renewed.
 
-    def __init__(self, credential: Callable[[], Awaitable[Credential]], max_upload_bytes_per_s: float | None) -> None:
+    `from_peers(digest, destination, bytes)` is asked before the coordinator is: False when no peer gave the file.
+    """
+
+    def __init__(
+        self,
+        credential: Callable[[], Awaitable[Credential]],
+        max_upload_bytes_per_s: float | None,
+        from_peers: FromPeers | None = None,
+    ) -> None:
         self._credential = credential
-        self._limiter = UploadLimit(max_upload_bytes_per_s) if max_upload_bytes_per_s else None
+        self._from_peers = from_peers
+        self.limiter = UploadLimit(max_upload_bytes_per_s) if max_upload_bytes_per_s else None
         self._open: tuple[Credential, Any] | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -71,6 +82,9 @@ class Transfers:
             self._open = None
 
     async def fetch(self, digest: Digest, destination: Path, n_bytes: int) -> None:
+        """What a peer gave in part is not fetched again."""
+        if self._from_peers is not None and await self._from_peers(digest, destination, n_bytes):
+            return
         _, channel = await self._channel()
         await transfer.get_file(artifacts_pb2_grpc.ArtifactsStub(channel), digest, destination, n_bytes)  # type: ignore[no-untyped-call]
 
@@ -78,7 +92,7 @@ class Transfers:
         _, channel = await self._channel()
         stub = artifacts_pb2_grpc.ArtifactsStub(channel)  # type: ignore[no-untyped-call]
         if await transfer.missing(stub, [digest]):
-            await transfer.put_file(stub, path, digest, self._limiter)
+            await transfer.put_file(stub, path, digest, self.limiter)
 
     async def put_patiently(self, path: Path, digest: Digest) -> None:
         """Until it is there, however long the coordinator is away. Raises what waiting cannot or did not mend."""
@@ -136,7 +150,7 @@ class Transfers:
         empty_s = min([await self._echo_s(stub, address, 1) for _ in range(_PROBES)])
         small_s = min([await self._echo_s(stub, address, _FIRST_PROBE_BYTES) for _ in range(_PROBES)])
         rate = 2 * _FIRST_PROBE_BYTES / max(small_s - empty_s, 1e-4)
-        slowest = min(rate, self._limiter.bytes_per_s if self._limiter is not None else math.inf)
+        slowest = min(rate, self.limiter.bytes_per_s if self.limiter is not None else math.inf)
         if 2 * _PROBE_BYTES / slowest < _PROBE_S:
             large_s = sorted([await self._echo_s(stub, address, _PROBE_BYTES) for _ in range(_PROBES)])
             rate = 2 * _PROBE_BYTES / large_s[_PROBES // 2]
@@ -145,8 +159,8 @@ class Transfers:
     async def _echo_s(self, stub: Any, address: str, n_bytes: int) -> float:
         """Seconds of one round trip of random content."""
         content = os.urandom(n_bytes)
-        if self._limiter is not None:
-            await self._limiter.take(n_bytes)
+        if self.limiter is not None:
+            await self.limiter.take(n_bytes)
         started = time.perf_counter()
         with dial.errors_of(address):
             await stub.Probe(pb.Echo(content=content), timeout=30.0)

@@ -20,6 +20,7 @@ from protos.errors import HiveError, SpecError
 from protos.ids import Digest, JobId
 from protos.log import Log
 from protos.work import Task
+from strategies.checkpoint_name import CheckpointName, parse_folder
 from strategies.context import Workspace
 
 log = Log("hive.node.workspace")
@@ -86,8 +87,8 @@ class Workspaces:
         """The committed checkpoint that the coordinator has, unless a newer one lies here already."""
         if task.resume is None:
             return
-        steps = [int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
-        if max(steps, default=-1) >= task.resume.step:
+        names = [parse_folder(path.name) for path in checkpoints.glob("step-*")]
+        if max((name.step for name in names if name and name.whole), default=-1) >= task.resume.step:
             return
         arriving = checkpoints / f".arriving-{task.fence}-{task.rank}"
         shutil.rmtree(arriving, ignore_errors=True)
@@ -98,19 +99,17 @@ class Workspaces:
             shutil.rmtree(arriving, ignore_errors=True)
             return
         try:
-            arriving.rename(checkpoints / f"step-{task.resume.step:08d}")
+            arriving.rename(checkpoints / CheckpointName(task.resume.step).folder)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             shutil.rmtree(arriving, ignore_errors=True)  # another rank of this node was first with the same
 
-    def newest_checkpoint(self, job_id: JobId) -> tuple[int, Path] | None:
-        found = [
-            (int(path.name.removeprefix("step-")), path)
-            for path in self.checkpoint_dir(job_id).glob("step-*")
-            if path.name[5:].isdigit()
-        ]
-        return max(found, default=None)
+    def newest_checkpoint(self, task: Task) -> tuple[CheckpointName, Path] | None:
+        """The newest that this attempt can have written: a whole one, or its rank's part under its fence."""
+        named = [(parse_folder(path.name), path) for path in self.checkpoint_dir(task.job_id).glob("step-*")]
+        own = [(name, path) for name, path in named if name and (name.whole or _is_part_of(name, task))]
+        return max(own, default=None)
 
     def close_attempt(self, task: Task, suffix: str = "") -> None:
         """The attempt's own files go; the job's checkpoints stay for the next group, its folder while it has any."""
@@ -140,3 +139,9 @@ def _single(manifest: Manifest | None, folder: Path | None, source: str) -> Path
         return None
     only = manifest.files[0].path if len(manifest.files) == 1 else None
     return folder / only if only is not None and Path(source).name == only else folder
+
+
+def _is_part_of(name: CheckpointName, task: Task) -> bool:
+    """Whether a part is what this rank wrote: a stage of a pipeline, or the shards of a rank."""
+    stages = len(task.layout.stages) if task.layout is not None else 1
+    return name.fence == task.fence and name.part == (task.rank % stages if stages > 1 else task.rank)

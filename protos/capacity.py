@@ -83,6 +83,7 @@ class Capacity:
     max_upload_bytes_per_s: float | None = None
     torch: str | None = None  # version the workers have, None until a worker ran
     user: str = ""  # the account user jobs run as
+    peer_port: int | None = None  # where it serves other nodes on its trusted networks; None: it does not listen
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,13 +29,24 @@ class StrategyName(StrEnum):
     SINGLE_NODE = "single_node"
 
 
-BUILT_STRATEGIES = (StrategyName.SINGLE_NODE, StrategyName.DATA_PARALLEL)
+BUILT_STRATEGIES = (
+    StrategyName.SINGLE_NODE,
+    StrategyName.DATA_PARALLEL,
+    StrategyName.PIPELINE_PARALLEL,
+    StrategyName.MODEL_PARALLEL,
+)
 BUILT_LOSSES = ("cross_entropy", "mse", "l1", "bce_with_logits", "causal_lm")
 BUILT_OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
 BUILT_SCHEDULES = ("constant", "cosine", "linear", "step")
 BUILT_COMPRESSIONS = ("auto", "none", "fp16")
 BUILT_SYNC_MODES = ("auto", "step")
 BUILT_PRECISIONS = ("fp32", "bf16")
+BUILT_PIPELINE_SCHEDULES = ("1f1b", "gpipe")
+BUILT_SHARDINGS = ("sharded", "tensor")
+OPTIONS_OF = {
+    StrategyName.PIPELINE_PARALLEL: ("stages", "replicas", "microbatches", "schedule"),
+    StrategyName.MODEL_PARALLEL: ("kind", "ranks"),
+}
 
 _ENTRY_POINT = re.compile(r"^(?P<file>[^:]+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)$")
 
@@ -185,12 +196,38 @@ class CheckpointSpec(_Part):
     keep: Annotated[int, Field(gt=0, le=10)] = 2
 
 
+class StrategyOptions(_Part):
+    """What a job file asks of the strategy it names; None is left to the planner. Each strategy has its own keys."""
+
+    stages: Annotated[int, Field(ge=2, le=limits.MAX_NODES_PER_JOB)] | None = None
+    replicas: Annotated[int, Field(ge=1, le=limits.MAX_NODES_PER_JOB)] | None = None
+    microbatches: _Count | None = None
+    schedule: str | None = None
+    kind: str | None = None
+    ranks: Annotated[int, Field(ge=2, le=limits.MAX_RANKS_PER_JOB)] | None = None
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule(cls, schedule: str | None) -> str | None:
+        return schedule if schedule is None else _one_of(schedule, BUILT_PIPELINE_SCHEDULES, "pipeline schedule")
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, kind: str | None) -> str | None:
+        return kind if kind is None else _one_of(kind, BUILT_SHARDINGS, "kind of model_parallel")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
 class JobSpec(_Part):
     name: Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME_CHARACTERS)] = "job"
     model: ModelSpec
     data: DataSpec
     train: TrainSpec = TrainSpec()
     strategy: str = "auto"
+    strategy_options: StrategyOptions | None = None  # also written as strategy: {NAME: {KEY: VALUE}}
     sync: SyncSpec = SyncSpec()
     nodes: NodesSpec = NodesSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -205,19 +242,35 @@ class JobSpec(_Part):
     @field_validator("strategy", mode="before")
     @classmethod
     def _strategy(cls, strategy: object) -> object:
-        names = [name.value for name in BUILT_STRATEGIES]
-        if isinstance(strategy, dict):
-            raise ValueError(f"a strategy with options is not built yet: use auto or one of {', '.join(names)}")
         if isinstance(strategy, str) and strategy != "auto":
-            return _one_of(strategy, tuple(names), "strategy", "auto")
+            return _one_of(strategy, tuple(name.value for name in BUILT_STRATEGIES), "strategy", "auto")
         return strategy
 
     @model_validator(mode="before")
     @classmethod
-    def _not_built(cls, document: object) -> object:
-        if isinstance(document, dict) and document.get("federated") is not None:
+    def _with_options(cls, document: object) -> object:
+        """{pipeline_parallel: {stages: 2}} is the strategy of that name, with options."""
+        if not isinstance(document, dict):
+            return document
+        if document.get("federated") is not None:
             raise ValueError("federated: training is not built yet; remove the section and use strategy: auto")
-        return document
+        strategy = document.get("strategy")
+        if not isinstance(strategy, dict):
+            return document
+        if len(strategy) != 1 or document.get("strategy_options") is not None:
+            raise ValueError("strategy is a name, or one name with its options: {pipeline_parallel: {stages: 2}}")
+        ((name, options),) = strategy.items()
+        return {**document, "strategy": name, "strategy_options": options}
+
+    @model_validator(mode="after")
+    def _own_options(self) -> JobSpec:
+        built = [name.value for name in OPTIONS_OF]
+        keys = OPTIONS_OF.get(StrategyName(self.strategy), ()) if self.strategy != "auto" else ()
+        for given in self.strategy_options.given if self.strategy_options else ():
+            if given not in keys:
+                known = f"it has {', '.join(keys)}" if keys else f"only {' and '.join(built)} have options"
+                raise ValueError(f"strategy {self.strategy} has no option {given!r}: {known}")
+        return self
 
 
 def _one_of(value: str, built: tuple[str, ...], what: str, *also: str) -> str:
@@ -323,4 +376,4 @@ def _keys_beside(location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-__all__ = ["ErrorCode", "JobSpec", "StrategyName", "dump", "entry_point", "parse", "parse_text"]
+__all__ = ["ErrorCode", "JobSpec", "StrategyName", "StrategyOptions", "dump", "entry_point", "parse", "parse_text"]

@@ -13,6 +13,7 @@ MAX_STORE_VALUE_BYTES = 1024 * 1024
 MAX_STORE_KEYS = 10_000
 MAX_STORE_BYTES = 64 * 1024 * 1024  # of all values of one generation
 MAX_NODES_PER_JOB = 64
+MAX_RANKS_PER_JOB = 256  # a node may be several
 MAX_NAME_CHARACTERS = 100
 MAX_INT64 = 2**63 - 1
 MAX_COUNT = 2**31 - 1  # of steps, epochs, rows of a batch

@@ -85,7 +85,7 @@ class CostEstimate:
 class Placement:
     """Which node is which rank and how many samples of each full global batch it takes.
 
-    In a pipeline all stages of one replica take the same samples.
+    In a pipeline all stages of one replica take the same samples, and so do the ranks that share single layers.
     """
 
     rank: int
@@ -102,7 +102,7 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the ranks of a group share the model. Rank = replica * stages + stage.
+    """How the ranks of a group share the model. Rank = (replica * stages + stage) * tensor + part of a layer.
 
     `stages`: [from, to) of the profile's layers for each stage; one range of all layers when the model is not cut.
     `cut_after`: name of the last layer of every stage but the last. `tensor`: ranks among which single layers are cut
@@ -118,10 +118,11 @@ class Layout:
     checkpoint_activations: bool = False
 
     def stage_of(self, rank: int) -> int:
-        return rank % len(self.stages)
+        return rank // self.tensor % len(self.stages)
 
     def replica_of(self, rank: int) -> int:
-        return rank // len(self.stages)
+        """All ranks of one replica take the same samples."""
+        return rank // (self.tensor * len(self.stages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +181,17 @@ class CoordinationPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SparePlan:
+    """How the job would go on without `lost`: "" and the reason when nothing fits any more."""
+
+    lost: tuple[NodeId, ...]
+    strategy: str
+    nodes: tuple[NodeId, ...]
+    seconds: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     id: PlanId
     strategy: str
@@ -194,3 +206,4 @@ class Plan:
     steps: int | None = None
     layout: Layout | None = None  # None: every rank holds the whole model
     links: tuple[LinkUse, ...] = ()
+    spares: tuple[SparePlan, ...] = ()  # of a plan over several nodes that was made for a person to read

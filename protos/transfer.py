@@ -40,7 +40,8 @@ class Limiter(Protocol):
 class _Patience:
     """Counts failures in a row without progress; raises the error when there were too many, else waits a little."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempts: int = ATTEMPTS) -> None:
+        self._attempts = attempts
         self._failures = 0
         self._furthest = 0
 
@@ -48,7 +49,7 @@ class _Patience:
         if at_bytes > self._furthest:
             self._furthest, self._failures = at_bytes, 0
         self._failures += 1
-        if not TABLE[error.code].retryable or self._failures >= ATTEMPTS:
+        if not TABLE[error.code].retryable or self._failures >= self._attempts:
             raise error
         delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (self._failures - 1))
         await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
@@ -119,15 +120,20 @@ async def _chunks(path: Path, digest: Digest, total: int, start: int | None) -> 
 
 
 async def get_file(
-    stub: Any, digest: Digest, destination: Path, n_bytes: int | None = None, limiter: Limiter | None = None
+    stub: Any,
+    digest: Digest,
+    destination: Path,
+    n_bytes: int | None = None,
+    limiter: Limiter | None = None,
+    attempts: int = ATTEMPTS,
 ) -> None:
-    """Download to `destination`, by way of `destination.partial`, which a later call takes up.
+    """Download to `destination`, by way of `destination.partial`, which a later call takes up, from whatever source.
 
     Raises NotFound when the coordinator does not have it, HiveError (corrupt) when other content arrives under this
     digest or size, Exhausted when the disk is full.
     """
     partial = destination.with_name(destination.name + ".partial")
-    patience = _Patience()
+    patience = _Patience(attempts)
     while True:
         held = await asyncio.to_thread(_size, partial)
         try:

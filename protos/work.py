@@ -42,7 +42,7 @@ class Task:
     world_size: int
     strategy: str
     spec: JobSpec
-    samples: tuple[int, ...]  # per rank, of one full global batch; sums to the batch size
+    samples: tuple[int, ...]  # per replica (a rank, without a layout), of one full global batch; sums to its size
     accumulate: int = 1  # micro-batches this rank cuts its slice into
     device: int = 0  # which of the node's granted GPUs; 0 where there is none
     ranks_here: int = 1  # of this job on this node: they share its cores
@@ -156,15 +156,27 @@ class HeldLease:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A committed checkpoint a node has uploaded."""
+    """A committed checkpoint a node has uploaded: the whole state, or one of the parts that ranks of one fence hold."""
 
     step: int
     samples: int
     manifest: Manifest
+    fence: Fence = Fence(0)
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """What the coordinator has of a job: its newest whole state, and parts of newer ones that are not complete yet."""
+
+    newest: Checkpoint | None = None
+    pending: tuple[Checkpoint, ...] = ()
 
 
 __all__ = [
     "Checkpoint",
+    "Checkpoints",
     "Digest",
     "Fault",
     "HeldLease",

@@ -7,14 +7,25 @@ runs is in *_torch.py files. Invariant: a strategy that has no reason against a 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from protos.errors import NoPlacement
 from protos.ids import NodeId
-from protos.jobspec import JobSpec, StrategyName
+from protos.jobspec import JobSpec, StrategyName, StrategyOptions
 from protos.model import ModelProfile
-from protos.plan import ClusterView, CostEstimate, DataProfile, NodeView, Placement, PlannedSubtask
+from protos.plan import (
+    ClusterView,
+    CostEstimate,
+    DataProfile,
+    Layout,
+    LinkUse,
+    NodeView,
+    Placement,
+    PlannedSubtask,
+)
 
 NOT_BUILT = "not built yet"
 
@@ -32,6 +43,23 @@ class Inputs:
     data: DataProfile
     cluster: ClusterView
     holders: frozenset[NodeId] = frozenset()
+    _answers: dict[StrategyName, Answer] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def answer(self, strategy: StrategyName, compute: Callable[[Inputs], Answer]) -> Answer:
+        """What a strategy says to this question, worked out once: `feasible` and `estimate` both need all of it."""
+        if strategy not in self._answers:
+            self._answers[strategy] = compute(self)
+        return self._answers[strategy]
+
+    def options(self, strategy: StrategyName) -> StrategyOptions:
+        """What the job file asks of this strategy; everything left open when it names another or none."""
+        named = self.spec.strategy == strategy and self.spec.strategy_options
+        return named or StrategyOptions()
+
+    @property
+    def holding(self) -> frozenset[NodeId]:
+        """The holders that are eligible; a plan takes one of them when there are any."""
+        return self.holders & {node.node_id for node in self.eligible}
 
     @cached_property
     def eligible(self) -> tuple[NodeView, ...]:
@@ -68,7 +96,10 @@ def gib(size_bytes: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PlacedEstimate:
-    """The best plan inside one strategy. `accumulate` is per rank; `transfer_s` the longest wait for data."""
+    """The best plan inside one strategy. `accumulate` is per rank; `transfer_s` the longest wait for data.
+
+    `layout` None: every rank holds the whole model.
+    """
 
     cost: CostEstimate
     placements: tuple[Placement, ...]
@@ -77,10 +108,26 @@ class PlacedEstimate:
     network: str = ""
     compression: str = "none"
     transfer_s: float = 0.0
+    layout: Layout | None = None
+    links: tuple[LinkUse, ...] = ()
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         return tuple(placement.node_id for placement in self.placements)
+
+
+Answer = PlacedEstimate | tuple[str, ...]
+"""The best plan, or the reasons why there is none."""
+
+
+def reasons_of(answer: Answer) -> tuple[str, ...]:
+    return answer if isinstance(answer, tuple) else ()
+
+
+def placed_of(strategy: StrategyName, answer: Answer) -> PlacedEstimate:
+    if isinstance(answer, tuple):
+        raise NoPlacement(f"{strategy}: {'; '.join(answer)}", "hive nodes shows what each node grants")
+    return answer
 
 
 class Strategy(Protocol):
@@ -98,27 +145,33 @@ class Strategy(Protocol):
 
 
 def train_subtasks(inputs: Inputs, placed: PlacedEstimate, synchronization: str) -> tuple[PlannedSubtask, ...]:
-    """Whole-model subtasks over contiguous slices of each global batch, in the order of the ranks."""
-    layers = inputs.profile.layers
+    """One per rank: its stage's layers over its replica's contiguous slice of each global batch."""
+    layers, layout = inputs.profile.layers, placed.layout
     subtasks = []
-    start = 0
+    slices: dict[int, tuple[int, int]] = {}
     on_node: Counter[NodeId] = Counter()
+    gpus = {node.node_id: len(node.capacity.gpus) for node in inputs.cluster.nodes}
     for placement, accumulate in zip(placed.placements, placed.accumulate, strict=True):
+        replica = placement.rank if layout is None else placement.replica
+        if replica not in slices:
+            start = max((end for _, end in slices.values()), default=0)
+            slices[replica] = (start, start + placement.samples)
+        first, last = (0, len(layers)) if layout is None else layout.stages[placement.stage]
         subtasks.append(
             PlannedSubtask(
                 type="train",
                 node_id=placement.node_id,
                 rank=placement.rank,
-                data_range=(start, start + placement.samples),
-                layer_range=(0, len(layers)),
-                input_shape=inputs.profile.input_shape or (),
-                output_shape=layers[-1].output_shape if layers else (),
-                replica=placement.rank,
+                data_range=slices[replica],
+                layer_range=(first, last),
+                input_shape=layers[first - 1].output_shape if first else inputs.profile.input_shape or (),
+                output_shape=layers[last - 1].output_shape if last else (),
+                stage=placement.stage,
+                replica=replica,
                 synchronization=synchronization,
                 accumulate=accumulate,
-                device=on_node[placement.node_id],
+                device=on_node[placement.node_id] if gpus.get(placement.node_id) else 0,
             )
         )
         on_node[placement.node_id] += 1
-        start += placement.samples
     return tuple(subtasks)

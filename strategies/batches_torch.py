@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import ErrorCode, SpecError
+from protos.work import Task
 from strategies.data.dataset import Array, Batch, Dataset, Features, epoch_order
 from strategies.faults_torch import DataUnusable
 from strategies.loss_torch import Loss
@@ -67,6 +68,17 @@ class Slicing:
     accumulate: int
     seed: int
     shuffle: bool
+
+    @classmethod
+    def of(cls, task: Task) -> Slicing:
+        """Of a rank. In a pipeline the slices are the replicas'; ranks that cut layers among them all see every row."""
+        train, layout = task.spec.train, task.layout
+        own, pieces = task.rank, task.accumulate
+        if layout is not None and len(layout.stages) > 1:
+            own, pieces = layout.replica_of(task.rank), 1  # the engine cuts the slice as its schedule needs it
+        elif layout is not None and layout.tensor > 1:
+            own = 0
+        return cls(train.batch_size, task.samples, own, pieces, train.seed, train.shuffle)
 
 
 class BatchSource:

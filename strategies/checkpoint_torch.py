@@ -1,9 +1,11 @@
-"""Checkpoints on a node's disk: `step-00001234/` with model.safetensors, optimizer.safetensors and state.json.
+"""Checkpoints on a node's disk: folders with model.safetensors, optimizer.safetensors and state.json.
 
-Owns the format. A folder under its final name is complete: files are written beside it, fsynced and renamed, so a crash
-or a full disk leaves the older ones intact. Each file's blake3 digest is checked before it is used; a torn or corrupt
-folder is skipped with the reason. Tensors that share storage (tied weights) are stored once and named in state.json.
-Nothing is pickled.
+Owns the format, which is that of the whole model's tensors by name whatever decomposition wrote it: a rank that holds a
+part of the model writes a part, which says of each cut tensor which box it is (strategies/checkpoint_name.py has the
+names of the folders). A folder under its final name is complete: files are written beside it, fsynced and renamed, so a
+crash or a full disk leaves the older ones intact. Each file's blake3 digest is checked before it is used; a torn or
+corrupt folder is skipped with the reason. Tensors that share storage (tied weights) are stored once and named in
+state.json. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,12 +13,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from torch import Tensor, nn
 from protos.artifact import digest_bytes, digest_file
 from protos.errors import HiveError, SpecError
 from protos.jobspec import JobSpec
+from strategies.checkpoint_name import CheckpointName, parse_folder, parse_part
+from strategies.extent import Extent
 from strategies.model_torch import address
 from strategies.optimizer_torch import named_trainable
 
-FORMAT = "hive/checkpoint/1"
+FORMAT = "hive/checkpoint/2"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
-_FOLDER = re.compile(r"^step-(\d{8,})$")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,7 +46,8 @@ class TrainingState:
     """Everything a run needs to go on as if nothing had happened.
 
     `optimizer` names tensors "parameter name/state name"; `scalars` holds the optimizer's plain numbers likewise;
-    `aliases` maps a tied name to the name its tensor is stored under.
+    `aliases` maps a tied name to the name its tensor is stored under. `extents` says of tensors in `model` and
+    `optimizer` that are cut which box they are. `part` of `parts`: what other ranks of `fence` hold makes it whole.
     """
 
     step: int
@@ -54,11 +57,27 @@ class TrainingState:
     aliases: Mapping[str, str]
     optimizer: Mapping[str, Tensor]
     scalars: Mapping[str, float | int | bool | None]
+    extents: Mapping[str, Extent] = field(default_factory=dict)
+    fence: int = 0
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def name(self) -> CheckpointName:
+        return CheckpointName(self.step, self.fence if self.parts > 1 else 0, self.part, self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A usable checkpoint, whole or a part, and where it lies."""
+
+    name: CheckpointName
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest usable checkpoint of a folder, and why newer ones were not."""
+    """The newest usable whole checkpoint of a folder, and why newer ones were not."""
 
     folder: Path | None
     step: int
@@ -125,7 +144,7 @@ def untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
     """Commits a checkpoint below `root` and removes all but the newest `keep`. Raises OSError ENOSPC on a full disk."""
-    final = root / f"step-{state.step:08d}"
+    final = root / state.name.folder
     if final.exists() and not problem_with(final, digest):
         return final  # another rank of this node wrote the same step
     root.mkdir(parents=True, exist_ok=True)
@@ -143,6 +162,8 @@ def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
             "digests": {name: digest_file(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)},
             "aliases": dict(state.aliases),
             "scalars": dict(state.scalars),
+            "part": [state.fence, state.part, state.parts],
+            "extents": {name: [*extent_lists(extent)] for name, extent in state.extents.items()},
         }
         with (temporary / STATE_FILE).open("w") as file:
             json.dump(document, file, allow_nan=False)
@@ -153,9 +174,16 @@ def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
         sync_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = sorted({name.step for name, _ in _folders(root)}, reverse=True)[:keep]
+    for name, old in _folders(root):
+        if name.step not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def extent_lists(extent: Extent) -> tuple[list[int], list[int], list[int]]:
+    """As it stands in state.json: shape, start and size."""
+    return list(extent.shape), list(extent.start), list(extent.size)
 
 
 def _put_in_place(temporary: Path, final: Path, digest: str) -> None:
@@ -176,25 +204,39 @@ def _put_in_place(temporary: Path, final: Path, digest: str) -> None:
 
 
 def newest(root: Path, digest: str) -> Found:
-    """The newest checkpoint of this spec whose digests hold."""
+    """The newest whole checkpoint of this spec whose digests hold."""
+    found, skipped = stored(root, digest)
+    whole = next((each for each in found if each.name.whole), None)
+    return Found(whole.folder if whole else None, whole.name.step if whole else 0, skipped)
+
+
+def stored(root: Path, digest: str) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
+    """Every usable checkpoint and part below `root`, newest first, and why others are not."""
+    found: list[Stored] = []
     skipped: list[str] = []
-    for folder in _folders(root):
-        problem = problem_with(folder, digest)
-        if not problem:
-            return Found(folder, _step_of(folder), tuple(skipped))
-        skipped.append(f"{folder.name}: {problem}")
-    return Found(None, 0, tuple(skipped))
+    for name, folder in _folders(root):
+        inner = [(parse_part(path.name, name.step), path) for path in sorted(folder.iterdir())] if name.whole else []
+        parts = [(part, path) for part, path in inner if part is not None]
+        for each, path in parts or [(name, folder)]:
+            if problem := problem_with(path, digest, each.step):
+                skipped.append(f"{path.relative_to(root)}: {problem}")
+            else:
+                found.append(Stored(each, path))
+    return tuple(found), tuple(skipped)
 
 
-def problem_with(folder: Path, digest: str) -> str:
-    """Why a checkpoint cannot be used; empty when it can."""
+def problem_with(folder: Path, digest: str, step: int | None = None) -> str:
+    """Why a checkpoint cannot be used; empty when it can. `step`: what it must be of, else its folder's name says."""
+    if step is None:
+        named = parse_folder(folder.name)
+        step = named.step if named is not None else -1
     try:
         document = json.loads((folder / STATE_FILE).read_text())
         if document["format"] != FORMAT:
             return f"format {document['format']!r} is not {FORMAT!r}"
         if document["spec"] != digest:
             return "it belongs to a job with another model, data or training section"
-        if document["step"] != _step_of(folder):
+        if document["step"] != step:
             return f"state.json says step {document['step']}"
         for name in (MODEL_FILE, OPTIMIZER_FILE):
             if digest_file(folder / name) != document["digests"][name]:
@@ -212,8 +254,9 @@ def samples_of(folder: Path) -> int:
 
 
 def load(folder: Path) -> TrainingState:
-    """A checkpoint that `newest` found."""
+    """A checkpoint that `newest` or `stored` found. Tensors are mapped from the file: read when they are used."""
     document = json.loads((folder / STATE_FILE).read_text())
+    fence, part, parts = document["part"]
     return TrainingState(
         document["step"],
         document["samples"],
@@ -222,6 +265,10 @@ def load(folder: Path) -> TrainingState:
         document["aliases"],
         safetensors.torch.load_file(folder / OPTIMIZER_FILE),
         document["scalars"],
+        {name: Extent(*map(tuple, lists)) for name, lists in document["extents"].items()},
+        fence,
+        part,
+        parts,
     )
 
 
@@ -267,14 +314,9 @@ def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
     return held
 
 
-def _folders(root: Path) -> list[Path]:
+def _folders(root: Path) -> list[tuple[CheckpointName, Path]]:
     """Newest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _FOLDER.match(path.name) and path.is_dir()]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(folder: Path) -> int:
-    found = _FOLDER.match(folder.name)
-    return int(found[1]) if found else -1
+    named = [(parse_folder(path.name), path) for path in root.iterdir() if path.is_dir()]
+    return sorted(((name, path) for name, path in named if name is not None), key=lambda each: each[0], reverse=True)

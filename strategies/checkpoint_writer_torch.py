@@ -35,7 +35,8 @@ class CheckpointWriter:
         return self._writing is None and time.monotonic() >= self._due
 
     def start(self, state: TrainingState) -> None:
-        """`state` must be a copy."""
+        """`state` must be a copy. Waits for a write that is under way."""
+        self.finish()
         self._due = time.monotonic() + self._every_s
         work = self._thread.submit(checkpoint_torch.write, self._root, state, self._digest, self._keep)
         self._writing = (work, state)

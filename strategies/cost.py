@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos.capacity import Capacity, FamilyRate
 from protos.jobspec import TrainSpec
@@ -16,9 +16,10 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 1
+COST_MODEL_VERSION = 2
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
+RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time
 OVERLAP = 1.5  # g of `mix`, before it is learned
 TINY_FLOPS_PER_SAMPLE = 2e4  # below, kernels never reach their sustained rate: the "tiny" family was measured there
 STARTUP_S = 0.5  # warm worker: fork, build the model, open the data
@@ -44,6 +45,10 @@ class Speed:
 
     def compute_s(self, samples: int, micro_batches: int = 1) -> float:
         return micro_batches * self.overhead_s + self.seconds_per_sample * samples
+
+    @property
+    def recomputing(self) -> Speed:
+        return replace(self, seconds_per_sample=RECOMPUTE_FACTOR * self.seconds_per_sample)
 
     def step_s(self, samples: int, micro_batches: int = 1) -> float:
         """a_i + 3 f b_i / F_i, where a_i holds the optimizer."""
@@ -85,17 +90,33 @@ def family_rate(capacity: Capacity, family: str) -> FamilyRate:
 
 
 def speed(profile: ModelProfile, capacity: Capacity, train: TrainSpec) -> Speed:
-    """3 f / F summed over the families; the overhead of the family that takes most of the time; Adam reads weights,
-    gradients and both moments and writes three of them: the optimizer moves its state twice less one gradient."""
+    """3 f / F summed over the families; the overhead of the family that takes most of the time."""
     parts = {
         family: (TRAINING_FACTOR * flops / (rate := family_rate(capacity, family)).flops, rate.overhead_s)
         for family, flops in family_flops(profile).items()
     }
     _, overhead_s = max(parts.values())
-    moved = profile.parameters * (2 * bytes_per_parameter(train.optimizer) - 4)
-    bandwidth = capacity.memory_bandwidth.p50 if capacity.memory_bandwidth else _UNMEASURED_MEMORY_BYTES_PER_S
     total = sum(part for part, _ in parts.values())
-    return Speed(overhead_s, max(total, 1e-12), moved / max(bandwidth, 1.0))
+    return Speed(overhead_s, max(total, 1e-12), optimizer_s(profile.parameters, capacity, train))
+
+
+def layer_seconds(profile: ModelProfile, capacity: Capacity) -> tuple[float, ...]:
+    """Training time of one sample in each layer; adds up to the `seconds_per_sample` of `speed`."""
+    total = profile.flops_per_sample
+    flops = [layer.flops_per_sample if total else 2.0 * layer.parameters for layer in profile.layers]
+    tiny = sum(flops) < TINY_FLOPS_PER_SAMPLE
+    return tuple(
+        TRAINING_FACTOR * count / family_rate(capacity, "tiny" if tiny else layer_family(layer)).flops
+        for layer, count in zip(profile.layers, flops, strict=True)
+    )
+
+
+def optimizer_s(parameters: float, capacity: Capacity, train: TrainSpec) -> float:
+    """Adam reads weights, gradients and both moments and writes three of them: the optimizer moves its state twice less
+    one gradient."""
+    moved = parameters * (2 * bytes_per_parameter(train.optimizer) - 4)
+    bandwidth = capacity.memory_bandwidth.p50 if capacity.memory_bandwidth else _UNMEASURED_MEMORY_BYTES_PER_S
+    return moved / max(bandwidth, 1.0)
 
 
 def mix(compute_s: float, network_s: float, overlap: float = OVERLAP) -> float:
@@ -170,24 +191,24 @@ def assumed_steps(profile: ModelProfile, train: TrainSpec, data: DataProfile) ->
     return (train.epochs or 1) * math.ceil(assumed_rows(profile, data) / train.batch_size)
 
 
+def evaluations(profile: ModelProfile, train: TrainSpec, data: DataProfile) -> int:
+    """How often the whole job evaluates."""
+    if not data.test_rows or train.evaluate_every == "never":
+        return 0
+    steps = assumed_steps(profile, train, data)
+    per_epoch = max(1, math.ceil(assumed_rows(profile, data) / train.batch_size))
+    if train.evaluate_every == "end":
+        return 1
+    return math.ceil(steps / (per_epoch if train.evaluate_every == "epoch" else train.evaluate_every))
+
+
 def evaluation_s(
     profile: ModelProfile, train: TrainSpec, data: DataProfile, ranks: Sequence[tuple[Speed, float]]
 ) -> float:
     """All evaluations of the job, forward only; each rank with its share (0..1) of the rows of the test split."""
-    if not data.test_rows or train.evaluate_every == "never":
-        return 0.0
-    steps = assumed_steps(profile, train, data)
-    per_epoch = max(1, math.ceil(assumed_rows(profile, data) / train.batch_size))
-    if train.evaluate_every == "end":
-        times = 1
-    elif train.evaluate_every == "epoch":
-        times = math.ceil(steps / per_epoch)
-    else:
-        times = math.ceil(steps / train.evaluate_every)
-    batches = math.ceil(data.test_rows / train.batch_size)
-    slowest_s = max(
-        batches * node.overhead_s + share * data.test_rows * node.seconds_per_sample for node, share in ranks
-    )
+    times, rows = evaluations(profile, train, data), data.test_rows or 0
+    batches = math.ceil(rows / train.batch_size)
+    slowest_s = max(batches * node.overhead_s + share * rows * node.seconds_per_sample for node, share in ranks)
     return times * slowest_s * EVALUATION_FACTOR / TRAINING_FACTOR
 
 

@@ -10,18 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protos.errors import NoPlacement
 from protos.jobspec import StrategyName
 from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
 from strategies import cost
-from strategies.base import Inputs, PlacedEstimate, train_subtasks
+from strategies.base import Answer, Inputs, PlacedEstimate, placed_of, reasons_of, train_subtasks
 from strategies.cost import Speed
-from strategies.links import Link, TrustedGroup, download_s, link_between, ranks_of, trusted_groups
+from strategies.grouping import group_reasons, groups
+from strategies.links import Link, download_s, link_between, link_uses, ranks_of, ring_traffic
 from strategies.memory import largest_micro_batch, worker_bytes
-from strategies.partition import RankSpeed, split_batch
+from strategies.partition import RankSpeed, alike, split_batch
 from strategies.single_node import memory_reason, micro_batches
 
-NOISE = 0.15  # of repeated calibrations of one machine
 RANKS = 2  # of the memory formula: from two on it does not grow
 
 
@@ -47,61 +46,32 @@ class DataParallel:
     name: StrategyName = StrategyName.DATA_PARALLEL
 
     def feasible(self, inputs: Inputs) -> tuple[str, ...]:
-        if reasons := _first_reasons(inputs):
-            return reasons
-        return () if _best(inputs) else _last_reasons(inputs)
+        return reasons_of(inputs.answer(self.name, _answer))
 
     def estimate(self, inputs: Inputs) -> PlacedEstimate:
-        best = None if _first_reasons(inputs) else _best(inputs)
-        if best is None:
-            reasons = "; ".join(self.feasible(inputs))
-            raise NoPlacement(f"{self.name}: {reasons}", "hive nodes shows what each node grants")
-        return best
+        return placed_of(self.name, inputs.answer(self.name, _answer))
 
     def decompose(self, inputs: Inputs, placed: PlacedEstimate) -> tuple[PlannedSubtask, ...]:
         return train_subtasks(inputs, placed, "all_reduce")
 
 
-def _first_reasons(inputs: Inputs) -> tuple[str, ...]:
-    """What rules it out before anything is computed."""
-    nodes, eligible = inputs.spec.nodes, inputs.eligible
-    if not inputs.profile.trainable:
-        return (inputs.profile.why_not or "the model cannot be trained",)
-    if nodes.max < 2:
-        return ("nodes.max is 1",)
+def _answer(inputs: Inputs) -> Answer:
+    if reasons := group_reasons(inputs):
+        return reasons
     if inputs.spec.train.batch_size < 2:
         return ("a batch of one sample cannot be cut",)
-    if len(eligible) < nodes.min or sum(map(ranks_of, eligible)) < 2:
-        others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
-        return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
-    if not _groups(inputs):
-        wanted = "two" if nodes.min <= 2 else str(nodes.min)
-        return (
-            f"no {wanted} of the {len(eligible)} usable nodes share a trusted network: start the nodes of one LAN with "
-            "`hive-node start --trusted-lan IFACE|CIDR`",
-        )
-    return ()
+    return _best(inputs) or _last_reasons(inputs)
 
 
 def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
     """Why no prefix of any group works although there are groups: memory, or a node too slow for a single sample."""
-    grouped = {node.node_id: node for group in _groups(inputs) for node in group.nodes}
+    grouped = {node.node_id: node for group in groups(inputs) for node in group.nodes}
     short = [node for node in grouped.values() if _member(inputs, node) is None]
-    if inputs.holders & {node.node_id for node in inputs.eligible} and not inputs.holders & set(grouped):
-        return ("no trusted network reaches a node that has the newest state of the job",)
     if short:
         return (memory_reason(inputs, short, RANKS),)
     if inputs.spec.train.accumulate != "auto":
         return ("the batch does not fit in memory with this train.accumulate: set it to auto",)
     return ("one node would get every sample: the others are too slow to help with this batch size",)
-
-
-def _are(count: int) -> str:
-    return "is 1" if count == 1 else f"are {count or 'none'}"
-
-
-def _groups(inputs: Inputs) -> list[TrustedGroup]:
-    return [group for group in trusted_groups(inputs.eligible) if len(group.nodes) >= inputs.spec.nodes.min]
 
 
 def _member(inputs: Inputs, node: NodeView) -> _Member | None:
@@ -117,8 +87,8 @@ def _best(inputs: Inputs) -> PlacedEstimate | None:
     """The fastest prefix of any group; None when there is none."""
     best: PlacedEstimate | None = None
     members = {node.node_id: _member(inputs, node) for node in inputs.eligible}
-    holding = inputs.holders & {node.node_id for node in inputs.eligible}
-    for group in _groups(inputs):
+    holding = inputs.holding
+    for group in groups(inputs):
         found = [member for node in group.nodes if (member := members[node.node_id]) for _ in range(ranks_of(node))]
         if holding and not any(member.node.node_id in holding for member in found):
             continue
@@ -156,22 +126,11 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
             continue
         if batch < least * count:
             continue
-        samples = split_batch(_alike([member.rank_speed for member in prefix], batch), batch, least)
+        samples = split_batch(alike([member.rank_speed for member in prefix], batch), batch, least)
         if min(samples) == 0:
             continue
         answers.append(_on(inputs, network, prefix, samples, worst))
     return answers
-
-
-def _alike(ranks: list[RankSpeed], batch: int) -> list[RankSpeed]:
-    """Ranks whose speeds differ by no more than a repeated measurement would get equal slices: an uneven cut of equal
-    machines costs more than it can win."""
-    times = [rank.fixed_s + rank.seconds_per_sample * batch / len(ranks) for rank in ranks]
-    if max(times) > (1 + NOISE) * min(times):
-        return ranks
-    fixed_s = sum(rank.fixed_s for rank in ranks) / len(ranks)
-    per_sample_s = sum(rank.seconds_per_sample for rank in ranks) / len(ranks)
-    return [RankSpeed(fixed_s, per_sample_s, rank.cap) for rank in ranks]
 
 
 def _on(
@@ -213,7 +172,17 @@ def _on(
             "evaluation": evaluation_s,
         },
     )
-    placements = tuple(Placement(rank, m.node.node_id, count) for rank, (m, count, _) in enumerate(shares))
+    placements = tuple(
+        Placement(rank, m.node.node_id, count, replica=rank) for rank, (m, count, _) in enumerate(shares)
+    )
+    nodes = [member.node for member in members]
     return PlacedEstimate(
-        estimate, placements, pieces, cost.steps_of(train, data), network, sync.compression, transfer_s
+        estimate,
+        placements,
+        pieces,
+        cost.steps_of(train, data),
+        network,
+        sync.compression,
+        transfer_s,
+        links=link_uses(ring_traffic(nodes, sync.bytes / len(members), sync.network_s)),
     )

@@ -33,6 +33,14 @@ class Engine(Protocol):
     def holds(self) -> tuple[str, ...]:
         """Names of the layers of this rank; empty when it holds all of them."""
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which part of how many this rank's state is, counted from 0: (0, 1) is the whole."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank is the one that writes its part at a periodic checkpoint: one of those that have it."""
+
     def gradients(self, batch: StepBatch) -> Tensor:
         """Leaves the mean gradient of the global batch in what this rank holds; the mean loss, equal on every rank.
 

@@ -69,6 +69,8 @@ class Group:
     broken: threading.Event = field(default_factory=threading.Event)
     upload: TokenBucket | None = None
     clock: Callable[[], float] = time.monotonic
+    _backends: list[Any] = field(default_factory=list)  # of this group and its subgroups
+    _store: object = None  # its python half must live as long as subgroups may be made
     _sockets: frozenset[tuple[int, int]] | None = None
     _before: frozenset[tuple[int, int]] | None = None  # None: not being made yet
 
@@ -102,6 +104,31 @@ class Group:
         self._sends((self.world_size - 1) * _size(tensor))
         Pending(self, self._start(lambda: self.backend.allgather([gathered], [tensor]), gathered), tensor).wait()
         return gathered
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Blocks until it is handed over. The receiver calls `receive` with the same shape; pairs keep their order."""
+        self._sends(_size(tensor))
+        Pending(self, self._start(lambda: self.backend.send([tensor], to, 0), tensor), tensor).wait()
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """In place."""
+        Pending(self, self._start(lambda: self.backend.recv([tensor], source, 0), tensor), tensor).wait()
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """What every rank says, in the order of the ranks."""
+        return [self.broadcast_bytes(content, source) for source in range(self.world_size)]
+
+    def run(self, sends_bytes: int, call: Callable[[], Any]) -> None:
+        """A blocking call of torch.distributed over this group or a subgroup, counted and capped like the others here.
+        Raises PeerLost."""
+        self._sends(sends_bytes)
+        started = time.perf_counter()
+        try:
+            call()
+        except RuntimeError as error:
+            raise self.lost(error, call) from error
+        finally:
+            self.sync_s += time.perf_counter() - started
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self.device))
@@ -178,11 +205,20 @@ class Group:
         Its collectives are not counted here: `sent_by_kernel` counts all connections.
         """
         try:
-            made = dist.new_group(list(ranks))
+            made: dist.ProcessGroup | None = dist.new_group(list(ranks))
         except RuntimeError as error:
             raise self.lost(error) from error
         self.connected()
-        return made if self.rank in ranks else None
+        if self.rank not in ranks:
+            return None
+        assert made is not None
+        self._backends.append(made._get_backend(self.device))
+        return made
+
+    def set_deadline(self, seconds: float) -> None:
+        """Of collectives that start from now on."""
+        for backend in self._backends:
+            backend._set_default_timeout(timedelta(seconds=seconds))
 
     def sent_by_kernel(self) -> int:
         """Bytes handed to TCP over all connections of the group and its subgroups, retransmissions included."""
@@ -249,7 +285,7 @@ def connect(context: TaskContext, group: Group) -> Group:
     rate = context.max_upload_bytes_per_s
     if rate is not None:
         group.upload = TokenBucket(rate, rate * UPLOAD_BURST_S, group.clock())
-    store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
+    store = group._store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
     group._before = _tcp_sockets()
     timeout = timedelta(seconds=task.collective_timeout_s)
@@ -270,6 +306,7 @@ def connect(context: TaskContext, group: Group) -> Group:
         group.barrier()
     except (RuntimeError, DeadlineExceeded) as error:
         raise group.lost(error) from error
+    group._backends.append(group.backend)
     group.connected()
     return group
 

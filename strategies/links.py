@@ -7,12 +7,14 @@ coordinator stands in until the pair is measured.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
-from protos.plan import ClusterView, NodeView
+from protos.ids import NodeId
+from protos.plan import ClusterView, LinkUse, NodeView
 
 LOOPBACK = "loopback"
 LOOPBACK_RTT_S = 0.0001
@@ -59,6 +61,42 @@ def download_s(size_bytes: int, node: NodeView) -> float:
         return 0.0
     capacity = node.capacity
     return (capacity.rtt_s or LAN_RTT_S) + size_bytes / (capacity.bandwidth_bytes_per_s or LAN_BYTES_PER_S)
+
+
+Traffic = Mapping[tuple[NodeId, NodeId], tuple[float, float]]
+"""Bytes and seconds of a step between two nodes, under the sorted ids."""
+
+
+def ring_traffic(nodes: Sequence[NodeView], sent_bytes: float, seconds: float) -> Traffic:
+    """Every rank sends so much to the next one, the last to the first; ranks of one node use no link."""
+    found: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
+    for a, b in zip(nodes, [*nodes[1:], *nodes[:1]], strict=True):
+        add_traffic(found, a.node_id, b.node_id, sent_bytes, seconds)
+    return {pair: (sent, seconds) for pair, (sent, _) in found.items()}
+
+
+def add_traffic(
+    found: dict[tuple[NodeId, NodeId], tuple[float, float]], a: NodeId, b: NodeId, sent_bytes: float, seconds: float
+) -> None:
+    if a != b:
+        pair = (min(a, b), max(a, b))
+        sent, took_s = found.get(pair, (0.0, 0.0))
+        found[pair] = (sent + sent_bytes, took_s + seconds)
+
+
+def link_uses(*parts: Traffic) -> tuple[LinkUse, ...]:
+    """All traffic of a step, a pair of nodes once."""
+    total: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
+    for part in parts:
+        for (a, b), (sent, seconds) in part.items():
+            add_traffic(total, a, b, sent, seconds)
+    return tuple(LinkUse(a, b, sent, seconds) for (a, b), (sent, seconds) in sorted(total.items()))
+
+
+def worst_link(cluster: ClusterView, nodes: Sequence[NodeView]) -> Link:
+    """The longest round trip and the lowest rate among all pairs: what a collective of all of them waits for."""
+    links = [link_between(cluster, a, b) for a, b in combinations(nodes, 2)]
+    return Link(max((link.rtt_s for link in links), default=0.0), min((x.bytes_per_s for x in links), default=math.inf))
 
 
 def ranks_of(node: NodeView) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from protos.capacity import Capacity
 from protos.jobspec import OptimizerSpec
 from protos.model import ModelProfile
+from strategies.blocks import blocks_of
 
 SHARE = 0.85
 RESERVE_BYTES = 250 * 1024**2  # torch itself, its threads and its libraries, in a worker that has done nothing yet
@@ -45,16 +46,33 @@ def sample_bytes(profile: ModelProfile) -> float:
     return saved + 2 * max((layer.output_bytes_per_sample for layer in profile.layers), default=0.0)
 
 
-def worker_bytes(profile: ModelProfile, optimizer: OptimizerSpec, micro_batch: int, ranks: int) -> int:
-    return fixed_bytes(profile, optimizer, ranks) + int(sample_bytes(profile) * micro_batch)
+def recomputed_sample_bytes(profile: ModelProfile) -> float:
+    """Like sample_bytes, when each block keeps its input only and computes the rest again, one block at a time."""
+    blocks, root = blocks_of(profile)
+    kept = sum(block.output_bytes for block in blocks) + sum(layer.activation_bytes_per_sample for layer in root)
+    loss = max(0.0, profile.peak_activation_bytes_per_sample - profile.activation_bytes_per_sample)
+    saved = kept + loss + max((block.activation_bytes for block in blocks), default=0.0)
+    return min(sample_bytes(profile), saved + 2 * max((x.output_bytes_per_sample for x in profile.layers), default=0.0))
+
+
+def worker_bytes(
+    profile: ModelProfile, optimizer: OptimizerSpec, micro_batch: int, ranks: int, recompute: bool = False
+) -> int:
+    per_sample = recomputed_sample_bytes(profile) if recompute else sample_bytes(profile)
+    return fixed_bytes(profile, optimizer, ranks) + int(per_sample * micro_batch)
 
 
 def largest_micro_batch(
-    profile: ModelProfile, optimizer: OptimizerSpec, capacity: Capacity, ranks: int, wanted: int
+    profile: ModelProfile,
+    optimizer: OptimizerSpec,
+    capacity: Capacity,
+    ranks: int,
+    wanted: int,
+    recompute: bool = False,
 ) -> int:
     """At most `wanted`; 0 when not even one sample fits."""
     left = budget_bytes(capacity) - fixed_bytes(profile, optimizer, ranks)
     if left < 0:
         return 0
-    per_sample = sample_bytes(profile)
+    per_sample = recomputed_sample_bytes(profile) if recompute else sample_bytes(profile)
     return wanted if per_sample * wanted <= left else int(left // per_sample)

@@ -1,8 +1,7 @@
-"""The user's model: their FILE.py:FUNCTION called in this worker, and weights to start from.
+"""The user's model: their FILE.py:FUNCTION called in this worker, or their torch.export file.
 
-Owns the import of the user's files (siblings are importable) and the check that weights fit. Refuses pickled modules:
-weights are safetensors or a state dict read with `weights_only=True`. The seed is set before the function is called, so
-the same spec gives the same initial weights on every rank.
+Owns the import of the user's files (siblings are importable). The seed is set before the function is called, so the
+same spec gives the same initial weights on every rank.
 """
 
 from __future__ import annotations
@@ -14,22 +13,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from protos.errors import ErrorCode, SpecError
 from protos.jobspec import ModelSpec, entry_point
 from strategies.faults_torch import UserCodeError
+from strategies.weights_torch import address as address
+from strategies.weights_torch import load_weights as load_weights
+
+EXPORTED_SUFFIX = ".pt2"
 
 
 def build(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None, seed: int) -> nn.Module:
     """The module with its starting weights, on the CPU. Raises SpecError, or UserCodeError from the user's function."""
+    file = exported_file(spec, code_dir, weights_path)
+    if file is not None:
+        from strategies.exported_torch import exported_module  # which needs what is below it: this file
+
+        return exported_module(file)
     if entry_point(spec.source) is None:
         raise SpecError(
             f"the model source {spec.source!r} cannot be trained",
-            "give model.source as FILE.py:FUNCTION returning an nn.Module, and the file as model.weights",
+            "give model.source as FILE.py:FUNCTION returning an nn.Module, or as a .pt2 file of torch.export",
             code=ErrorCode.UNSUPPORTED,
         )
     function = load_function(spec.source, code_dir)
@@ -96,80 +102,22 @@ def load_module(file: str, code_dir: Path | None) -> ModuleType:
     return module
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Raises SpecError naming the first keys that are missing, unexpected or of another shape."""
-    state = read_weights(path)
-    load_state(model, state, path.name)
+def exported_file(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None) -> Path | None:
+    """Where the torch.export file lies that is the model; None when the model is Python source.
 
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from safetensors or from torch.save; a training checkpoint's `state_dict`/`model` entry is found."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-        if len(head) == 9 and head[8:9] == b"{":
-            return dict(safetensors.torch.load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        raise SpecError(f"{path.name} cannot be read as weights: {_first_line(error)}", _FORMATS, code=_CODE) from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a hostile file provokes in the reader
-        raise SpecError(f"{path.name} holds more than tensors: {_first_line(error)}", _FORMATS, code=_CODE) from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise SpecError(f"{path.name} is not a state dict", _FORMATS, code=_CODE)
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    """Into a model whose tied tensors may be named once only in `state`."""
-    own = model.state_dict()
-    by_storage = {address(own[name]): name for name in state if name in own}
-    filled = dict(state)
-    for name, tensor in own.items():
-        if name not in filled and address(tensor) in by_storage:
-            filled[name] = state[by_storage[address(tensor)]]
-    missing = [name for name in own if name not in filled]
-    unexpected = [name for name in filled if name not in own]
-    reshaped = [
-        f"{name} is {list(filled[name].shape)}, the model has {list(own[name].shape)}"
-        for name in own
-        if name in filled and filled[name].shape != own[name].shape
-    ]
-    problems = [
-        *([f"missing: {_some(missing)}"] if missing else []),
-        *([f"unexpected: {_some(unexpected)}"] if unexpected else []),
-        *([f"other shapes: {_some(reshaped)}"] if reshaped else []),
-    ]
-    if problems:
+    A model file travels in the place of weights; one that lies beside the job file is found there too.
+    """
+    if not spec.source.endswith(EXPORTED_SUFFIX):
+        return None
+    if weights_path is not None:
+        return weights_path
+    path = (code_dir / spec.source).resolve() if code_dir is not None else None
+    if path is None or code_dir is None or not path.is_file() or not path.is_relative_to(code_dir.resolve()):
         raise SpecError(
-            f"{what} does not fit the model: {'; '.join(problems)}",
-            "give the weights of the same architecture and arguments, or leave model.weights out",
-            code=_CODE,
+            f"{spec.source} is not among the job's files", "it lies beside the job file", code=ErrorCode.MODEL_UNUSABLE
         )
-    model.load_state_dict(filled)
-
-
-def address(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for two names of one tensor (tied weights), different for all others."""
-    if tensor.numel() == 0 or tensor.device.type == "meta":
-        return (id(tensor),)
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-
-
-_CODE = ErrorCode.MODEL_UNUSABLE
-_FORMATS = "give safetensors, or a state dict saved with torch.save(model.state_dict(), FILE)"
+    return path
 
 
 def _is_user_module(module: ModuleType) -> bool:
     return bool(module.__dict__.get("__hive_user__"))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

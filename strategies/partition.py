@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+NOISE = 0.15  # of repeated calibrations of one machine
 _BISECTIONS = 100
 
 
@@ -58,6 +59,17 @@ def split_batch(ranks: Sequence[RankSpeed], batch: int, least: int = 0) -> tuple
         if samples[index] > least:
             heapq.heappush(slowest, (-ranks[index].step_s(samples[index]), index))
     return tuple(samples)
+
+
+def alike(ranks: Sequence[RankSpeed], batch: int) -> Sequence[RankSpeed]:
+    """Ranks whose speeds differ by no more than a repeated measurement would get equal slices: an uneven cut of equal
+    machines costs more than it can win."""
+    times = [rank.fixed_s + rank.seconds_per_sample * batch / len(ranks) for rank in ranks]
+    if max(times) > (1 + NOISE) * min(times):
+        return ranks
+    fixed_s = sum(rank.fixed_s for rank in ranks) / len(ranks)
+    per_sample_s = sum(rank.seconds_per_sample for rank in ranks) / len(ranks)
+    return [RankSpeed(fixed_s, per_sample_s, rank.cap) for rank in ranks]
 
 
 def _within(ranks: Sequence[RankSpeed], time_s: float, least: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.export.unflatten import InterpreterModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -91,7 +92,7 @@ def trace(model: nn.Module, forward: Callable[[], Any], loss: Callable[[Any], ob
 
     def entry(name: str) -> ModuleTrace:
         if name not in result.modules:
-            kind = LOSS if name == LOSS else type(model.get_submodule(name)).__name__
+            kind = LOSS if name == LOSS else kind_of(model.get_submodule(name))
             result.modules[name] = ModuleTrace(kind)
         return result.modules[name]
 
@@ -123,6 +124,12 @@ def trace(model: nn.Module, forward: Callable[[], Any], loss: Callable[[Any], ob
         running.append(LOSS)
         loss(result.output)
     return result
+
+
+def kind_of(module: nn.Module) -> str:
+    """Class name; of a module of an exported file the name its class had."""
+    exported = module.type_name() if isinstance(module, InterpreterModule) else None
+    return exported.rpartition(".")[2] if exported else type(module).__name__
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The model is built and run once with fake tensors: shapes, FLOPs and saved bytes are exact, no weight is allocated. A
 model that cannot run that way (it looks at values) is built and run for real on the CPU. A model that cannot run at all
-is the user's to fix: MODEL_UNUSABLE with their own traceback. Weights are not read here.
+is the user's to fix: MODEL_UNUSABLE with their own traceback. Weights are not read here, except those of a torch.export
+file, which come with it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.export import ExportedProgram
+from torch.export.unflatten import UnflattenedModule
 from torch.nn.parameter import is_lazy
 
 from protos import documents
@@ -31,9 +34,12 @@ from strategies import cost, memory, model_torch
 from strategies.batches_torch import MicroBatch, micro_batch, read
 from strategies.context import TaskContext
 from strategies.data import Batch, Dataset
+from strategies.exported_torch import load_program
 from strategies.faults_torch import DataUnusable, UserCodeError, fault_of
+from strategies.graph_torch import quiet
 from strategies.hang_watch import stack_shown_after
 from strategies.loss_torch import Loss
+from strategies.profile_cuts_torch import with_cuts
 from strategies.profile_layers_torch import (
     Trace,
     layers,
@@ -42,6 +48,7 @@ from strategies.profile_layers_torch import (
     parameter_count,
     trace,
 )
+from strategies.split_torch import Cuttable, trace_exported, trace_model
 from strategies.train_loop_torch import open_data
 
 BATCHES = (2, 4)
@@ -56,15 +63,16 @@ _GRAPH = ("gcn", "gatconv", "sageconv", "messagepassing", "graphconv")
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model and its two traces."""
+    """A model and its two traces. `program`: the torch.export file it is, when it is one."""
 
     model: nn.Module
     small: Trace
     large: Trace
+    program: ExportedProgram | None = None
 
     @property
     def layers(self) -> tuple[LayerProfile, ...]:
-        return condensed(layers(self.model, self.small, self.large, BATCHES), LAYERS_LIMIT)
+        return layers(self.model, self.small, self.large, BATCHES)
 
 
 def identify(context: TaskContext) -> Outcome:
@@ -87,7 +95,8 @@ def describe(context: TaskContext, dataset: Dataset, test: Dataset | None) -> Id
     """Everything an Identification says. Raises SpecError or UserCodeError."""
     spec, code_dir = context.task.spec, context.workspace.code_dir
     rows = np.arange(max(BATCHES), dtype=np.int64) % max(dataset.rows, 1)
-    built = run(spec, code_dir, read(dataset, rows))
+    batch = read(dataset, rows)
+    built = run(spec, code_dir, batch, context.workspace.weights_path)
     shapes, dtypes = _named(dataset.feature_shapes), _named(dataset.feature_dtypes)
     data = DataProfile(
         digest=dataset.digest,
@@ -97,9 +106,19 @@ def describe(context: TaskContext, dataset: Dataset, test: Dataset | None) -> Id
     )
     single = dataset.feature_shapes if isinstance(dataset.feature_shapes, tuple) else None
     profile = profile_of(built, spec, data, single)
+    found, why_not_cut = with_cuts(built.layers, spec, profile.parameters, lambda: cuttable(built, spec, batch))
+    profile = replace(profile, layers=condensed(found, LAYERS_LIMIT), why_not_cut=why_not_cut)
     if context.task.code is not None and code_dir is not None:
         profile = replace(profile, digest=context.task.code.digest)
     return Identification(profile, data, shapes, dtypes, dataset.target_shape, dataset.target_dtype, dataset.classes)
+
+
+def cuttable(built: Built, spec: JobSpec, batch: Batch) -> Cuttable:
+    """The model traced for cutting. Raises CannotTrace."""
+    if built.program is not None:
+        return trace_exported(built.program, spec.train.precision)
+    features = _first_rows(batch, BATCHES[0], Loss("mse", None), fake=False).features
+    return trace_model(built.model, features, spec.train.precision)
 
 
 def _named(value: Any) -> dict[str, Any]:
@@ -114,11 +133,13 @@ def _bytes(dataset: Dataset) -> int:
     return dataset.rows * sum(int(array.nbytes) for array in arrays)
 
 
-def run(spec: JobSpec, code_dir: Path | None, batch: Batch) -> Built:
+def run(spec: JobSpec, code_dir: Path | None, batch: Batch, weights_path: Path | None = None) -> Built:
     """The model built and traced at both batch sizes: with fake tensors, else for real."""
-    source = spec.model.source
-    model_torch.load_function(source, code_dir)  # imports the user's file outside of the fake world
     loss = Loss(spec.train.loss, code_dir)
+    file = model_torch.exported_file(spec.model, code_dir, weights_path)
+    if file is not None:
+        return _run_exported(load_program(file), spec, batch, loss)
+    model_torch.load_function(spec.model.source, code_dir)  # imports the user's file outside of the fake world
     size = 0
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what fails there is tried for real, and said
     try:
@@ -137,6 +158,14 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch) -> Built:
     return _trace(model, spec, batch, loss, fake=False)
 
 
+def _run_exported(program: ExportedProgram, spec: JobSpec, batch: Batch, loss: Loss) -> Built:
+    """A file keeps which module each operation was in: its layers are those of the source."""
+    with quiet():
+        model = torch.export.unflatten(program)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return replace(_trace(model, spec, batch, loss, fake=True), program=program)
+
+
 def _trace(model: nn.Module, spec: JobSpec, batch: Batch, loss: Loss, *, fake: bool) -> Built:
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise SpecError(
@@ -144,7 +173,8 @@ def _trace(model: nn.Module, spec: JobSpec, batch: Batch, loss: Loss, *, fake: b
             "give the sizes, e.g. nn.Linear(64, 10) instead of nn.LazyLinear(10)",
             code=ErrorCode.MODEL_UNUSABLE,
         )
-    model.train()
+    if not isinstance(model, UnflattenedModule):  # which has the mode it was exported in
+        model.train()
 
     def at(size: int) -> Trace:
         piece = _first_rows(batch, size, loss, fake)
@@ -187,12 +217,12 @@ def _shapes(features: torch.Tensor | dict[str, torch.Tensor]) -> str:
 
 def profile_of(built: Built, spec: JobSpec, data: DataProfile, input_shape: tuple[int, ...] | None) -> ModelProfile:
     """The profile of a model that ran. Requirements are layer arithmetic, not the table."""
-    found = built.layers
+    found = condensed(built.layers, LAYERS_LIMIT)
     parameters = parameter_count(built.model)
     family, confidence = family_of(found, built.small.attention)
     profile = ModelProfile(
         framework="pytorch",
-        format="python_source",
+        format="python_source" if built.program is None else "pytorch_export",
         family=family,
         task=task_of(spec, found, family),
         parameters=parameters,
@@ -236,6 +266,8 @@ def condensed(found: tuple[LayerProfile, ...], limit: int) -> tuple[LayerProfile
                 activation_bytes_per_sample=sum(layer.activation_bytes_per_sample for layer in part),
                 output_bytes_per_sample=part[-1].output_bytes_per_sample,
                 output_shape=part[-1].output_shape,
+                cut_bytes_per_sample=part[-1].cut_bytes_per_sample,
+                borrowed_parameters=sum(layer.borrowed_parameters for layer in part),
             )
         )
     return tuple(joined)

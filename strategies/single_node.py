@@ -1,4 +1,8 @@
-"""The whole job on the one node that finishes it first. Often the right answer, never just a fallback."""
+"""The whole job on the one node that finishes it first. Often the right answer, never just a fallback.
+
+When memory asks, the batch is cut in pieces (gradient accumulation); where not even one sample fits, the blocks of the
+model keep their inputs only and are computed again in the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protos.errors import NoPlacement
 from protos.jobspec import StrategyName
-from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
+from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask
 from strategies import cost
-from strategies.base import Inputs, PlacedEstimate, gib, train_subtasks
+from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reasons_of, train_subtasks
 from strategies.links import download_s
 from strategies.memory import budget_bytes, largest_micro_batch, worker_bytes
 
@@ -20,25 +23,34 @@ class SingleNode:
     name: StrategyName = StrategyName.SINGLE_NODE
 
     def feasible(self, inputs: Inputs) -> tuple[str, ...]:
-        if not inputs.profile.trainable:
-            return (inputs.profile.why_not or "the model cannot be trained",)
-        if inputs.spec.nodes.min > 1:
-            return (f"nodes.min asks for {inputs.spec.nodes.min} nodes",)
-        if not inputs.eligible:
-            return ("no usable node" + (f": {', '.join(inputs.excluded)}" if inputs.excluded else " has joined"),)
-        if not _fitting(inputs):
-            return (memory_reason(inputs, inputs.eligible, 1),)
-        return ()
+        return reasons_of(inputs.answer(self.name, _answer))
 
     def estimate(self, inputs: Inputs) -> PlacedEstimate:
-        if reasons := self.feasible(inputs):
-            raise NoPlacement(f"{self.name}: {'; '.join(reasons)}", "hive nodes shows what each node grants")
-        fitting = _fitting(inputs)
-        holding = [(node, micro) for node, micro in fitting if node.node_id in inputs.holders]
-        return min((_on(inputs, node, micro) for node, micro in holding or fitting), key=lambda best: best.cost.seconds)
+        return placed_of(self.name, inputs.answer(self.name, _answer))
 
     def decompose(self, inputs: Inputs, placed: PlacedEstimate) -> tuple[PlannedSubtask, ...]:
         return train_subtasks(inputs, placed, "none")
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    node: NodeView
+    largest: int  # micro-batch
+    recompute: bool
+
+
+def _answer(inputs: Inputs) -> Answer:
+    if not inputs.profile.trainable:
+        return (inputs.profile.why_not or "the model cannot be trained",)
+    if inputs.spec.nodes.min > 1:
+        return (f"nodes.min asks for {inputs.spec.nodes.min} nodes",)
+    if not inputs.eligible:
+        return ("no usable node" + (f": {', '.join(inputs.excluded)}" if inputs.excluded else " has joined"),)
+    fitting = _fitting(inputs)
+    if not fitting:
+        return (memory_reason(inputs, inputs.eligible, 1),)
+    holding = [fit for fit in fitting if fit.node.node_id in inputs.holders]
+    return min((_on(inputs, fit) for fit in holding or fitting), key=lambda best: best.cost.seconds)
 
 
 def memory_reason(inputs: Inputs, nodes: Sequence[NodeView], ranks: int) -> str:
@@ -46,7 +58,7 @@ def memory_reason(inputs: Inputs, nodes: Sequence[NodeView], ranks: int) -> str:
     train = inputs.spec.train
     node = max(nodes, key=lambda node: budget_bytes(node.capacity))
     micro = 1 if train.accumulate == "auto" else math.ceil(train.batch_size / train.accumulate)
-    need = worker_bytes(inputs.profile, train.optimizer, micro if ranks == 1 else 1, ranks)
+    need = worker_bytes(inputs.profile, train.optimizer, micro if ranks == 1 else 1, ranks, recompute=ranks == 1)
     what = f"{micro} samples at a time" if micro > 1 and ranks == 1 else "one sample at a time"
     return f"needs {gib(need)} for {what}, 85 % of what {node.name} grants is {gib(budget_bytes(node.capacity))}"
 
@@ -57,27 +69,31 @@ def micro_batches(inputs: Inputs, samples: int, largest: int) -> int:
     return math.ceil(samples / largest) if accumulate == "auto" else min(accumulate, samples)
 
 
-def _fitting(inputs: Inputs) -> list[tuple[NodeView, int]]:
-    """Eligible nodes and the largest micro-batch of each."""
+def _fitting(inputs: Inputs) -> list[_Fit]:
+    """Eligible nodes, the largest micro-batch of each, and whether it takes recomputing to get there."""
     train = inputs.spec.train
     wanted = train.batch_size if train.accumulate == "auto" else math.ceil(train.batch_size / train.accumulate)
     fitting = []
     for node in inputs.eligible:
-        largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, 1, wanted)
-        if largest == wanted or (largest > 0 and train.accumulate == "auto"):
-            fitting.append((node, largest))
+        for recompute in (False, True):
+            largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, 1, wanted, recompute)
+            if largest == wanted or (largest > 0 and train.accumulate == "auto"):
+                fitting.append(_Fit(node, largest, recompute))
+                break
     return fitting
 
 
-def _on(inputs: Inputs, node: NodeView, largest: int) -> PlacedEstimate:
-    profile, data, train = inputs.profile, inputs.data, inputs.spec.train
-    speed = cost.speed(profile, node.capacity, train)
-    pieces = micro_batches(inputs, train.batch_size, largest)
+def _on(inputs: Inputs, fit: _Fit) -> PlacedEstimate:
+    profile, data, train, node = inputs.profile, inputs.data, inputs.spec.train, fit.node
+    plain = cost.speed(profile, node.capacity, train)
+    speed = plain.recomputing if fit.recompute else plain
+    pieces = micro_batches(inputs, train.batch_size, fit.largest)
     compute_s, step_s = speed.compute_s(train.batch_size, pieces), speed.step_s(train.batch_size, pieces)
     startup_s, transfer_s = cost.startup_s(1), download_s(data.bytes, node)
-    evaluation_s = cost.evaluation_s(profile, train, data, [(speed, 1.0)])
+    evaluation_s = cost.evaluation_s(profile, train, data, [(plain, 1.0)])
     steps = cost.assumed_steps(profile, train, data)
-    memory = worker_bytes(profile, train.optimizer, math.ceil(train.batch_size / pieces), 1)
+    memory = worker_bytes(profile, train.optimizer, math.ceil(train.batch_size / pieces), 1, fit.recompute)
+    layout = Layout(((0, len(profile.layers)),), checkpoint_activations=True) if fit.recompute else None
     return PlacedEstimate(
         CostEstimate(
             seconds=startup_s + transfer_s + steps * step_s + evaluation_s,
@@ -96,4 +112,5 @@ def _on(inputs: Inputs, node: NodeView, largest: int) -> PlacedEstimate:
         (pieces,),
         cost.steps_of(train, data),
         transfer_s=transfer_s,
+        layout=layout,
     )

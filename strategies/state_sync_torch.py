@@ -1,29 +1,31 @@
-"""The start of every attempt: all ranks of a group leave with the same model, optimizer and step.
+"""The start of every attempt: all ranks of a group leave with one state of model, optimizer and step.
 
-Each rank offers its newest valid checkpoint; the highest step wins (lowest rank among equals) and that rank broadcasts
-its state, so newcomers and laggards receive it. At step 0 rank 0's initial weights win. Ranks also compare what they
-read: different data on one rank would train a different model in silence.
+Each rank offers the valid checkpoints on its disk; the highest step that they have together wins, and newcomers and
+laggards receive it from those that have it. At step 0 the initial weights of the lowest rank win. Ranks also compare
+what they read: different data on one rank would train a different model in silence.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from protos.artifact import digest_bytes
 from protos.errors import Blame, ErrorCode, SpecError
 from strategies import checkpoint_torch
-from strategies.checkpoint_torch import TrainingState
+from strategies.checkpoint_name import CheckpointName
+from strategies.checkpoint_torch import Stored, TrainingState
 from strategies.context import TaskContext
+from strategies.engine_torch import Engine
 from strategies.group_torch import Group
-
-_RANKS = 1 << 16
+from strategies.state_transfer_torch import agree_on_start, collect, empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,6 @@ class Start:
 
     step: int
     samples: int
-    source: int
     skipped: tuple[str, ...]
 
 
@@ -68,22 +69,59 @@ def agree_on_data(group: Group, digest: str, rows: int) -> None:
         )
 
 
-def synchronise(
-    group: Group, model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint_dir: Path, digest: str
-) -> Start:
-    """Brings model and optimizer to the highest committed step any rank holds."""
-    found = checkpoint_torch.newest(checkpoint_dir, digest)
-    offer = torch.tensor([found.step * _RANKS + (_RANKS - 1 - group.rank)], dtype=torch.int64, device=group.device)
-    group.all_reduce(offer, dist.ReduceOp.MAX)
-    step, place = divmod(int(offer.item()), _RANKS)
-    source = _RANKS - 1 - place
-    if step == 0:
-        group.broadcast_tensors(list(model.state_dict().values()), source)
-        return Start(0, 0, source, found.skipped)
-    state = checkpoint_torch.load(found.folder) if group.rank == source and found.folder is not None else None
-    state = share_state(group, state, source)
-    checkpoint_torch.restore(state, model, optimizer)
-    return Start(state.step, state.samples, source, found.skipped)
+def synchronise(group: Group, engine: Engine, checkpoint_dir: Path, digest: str) -> Start:
+    """Brings what every rank holds to the highest committed step that the ranks have together.
+
+    Whole states are broadcast; where ranks hold parts of the model, or only parts are left of the newest state, each
+    takes the boxes it needs from those that have them (state_transfer_torch).
+    """
+    found, skipped = checkpoint_torch.stored(checkpoint_dir, digest)
+    said = [json.loads(content) for content in group.gather_bytes(_inventory(found, engine))]
+    chosen = newest_together([[CheckpointName(*entry) for entry in each["found"]] for each in said])
+    whole = not any(each["parts"] for each in said)
+    if chosen is None:
+        if whole:
+            group.broadcast_tensors(list(engine.state().values()), 0)
+        else:
+            agree_on_start(group, engine)
+        return Start(0, 0, skipped)
+    mine = [each for each in found if each.name in chosen.names]
+    if whole and chosen.source is not None:
+        state = checkpoint_torch.load(mine[0].folder) if group.rank == chosen.source else None
+        state = share_state(group, state, chosen.source)
+    else:
+        state = collect(group, [checkpoint_torch.load(each.folder) for each in mine], engine)
+    engine.restore(state)
+    return Start(state.step, state.samples, skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A step that the ranks have together: `names` of its folders; `source`, the lowest rank that has it whole."""
+
+    step: int
+    names: frozenset[CheckpointName]
+    source: int | None
+
+
+def newest_together(offers: Sequence[Sequence[CheckpointName]]) -> Chosen | None:
+    """`offers`: what each rank has. The highest step of which one rank has the whole, or all parts of a fence are
+    somewhere; the same answer on every rank. None when there is none."""
+    sets: dict[tuple[int, int, int], set[CheckpointName]] = {}
+    for name in chain.from_iterable(offers):
+        sets.setdefault((name.step, name.fence, name.parts), set()).add(name)
+    complete = [key for key, names in sets.items() if len(names) == key[2]]
+    if not complete:
+        return None
+    best = max(complete, key=lambda key: (key[0], key[2] == 1, key[1], -key[2]))
+    names = frozenset(sets[best])
+    whole = [rank for rank, offer in enumerate(offers) if best[2] == 1 and names <= set(offer)]
+    return Chosen(best[0], names, whole[0] if whole else None)
+
+
+def _inventory(found: Sequence[Stored], engine: Engine) -> bytes:
+    names = [[name.step, name.fence, name.part, name.parts] for name in (each.name for each in found)]
+    return json.dumps({"found": names, "parts": bool(engine.holds or engine.extents())}).encode()
 
 
 def share_state(group: Group, state: TrainingState | None, source: int) -> TrainingState:
@@ -98,9 +136,9 @@ def share_state(group: Group, state: TrainingState | None, source: int) -> Train
             document["step"],
             document["samples"],
             document["epoch"],
-            {name: _empty(*shape) for name, shape in document["model"].items()},
+            {name: empty(*shape) for name, shape in document["model"].items()},
             document["aliases"],
-            {name: _empty(*shape) for name, shape in document["optimizer"].items()},
+            {name: empty(*shape) for name, shape in document["optimizer"].items()},
             document["scalars"],
         )
     group.broadcast_tensors([*state.model.values(), *state.optimizer.values()], source)
@@ -121,10 +159,3 @@ def _description(state: TrainingState) -> dict[str, object]:
 
 def _shape(tensor: Tensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
-
-
-def _empty(dtype: str, shape: list[int]) -> Tensor:
-    kind = getattr(torch, dtype)
-    if not isinstance(kind, torch.dtype):
-        raise SpecError(f"a peer sent a tensor of unknown type {dtype!r}", "do all nodes run the same version?")
-    return torch.empty(shape, dtype=kind)

@@ -1,7 +1,8 @@
-"""The training loop: one rank's whole attempt at a job, the same code for one rank and for many.
+"""The training loop: one rank's whole attempt at a job, the same code for every strategy.
 
 A step is committed when the optimizer has applied it; nothing that can fail for lack of a peer happens after that, so
-the last committed step is always a consistent state to hold. Counts are of committed steps only.
+the last committed step is always a consistent state to hold. Counts are of committed steps only. How the ranks make a
+step together is the engine's (strategies/engine_torch.py).
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ import math
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from protos.artifact import Artifact, digest_file
 from protos.errors import Blame, ErrorCode, SpecError
@@ -21,24 +20,25 @@ from protos.jobspec import JobSpec
 from protos.states import AttemptState, StopMode
 from protos.work import Metrics, Outcome, Usage
 from strategies import checkpoint_torch, memory_use_torch, sampling_torch
-from strategies.batches_torch import BatchSource, MicroBatch, Slicing, StepBatch, read
+from strategies.batches_torch import BatchSource, Slicing, read
+from strategies.checkpoint_pace_torch import CheckpointPace
 from strategies.checkpoint_writer_torch import CheckpointWriter
-from strategies.codecs_torch import codec
+from strategies.collective_deadline import StepTimes
 from strategies.context import TaskContext
 from strategies.data.dataset import Dataset, Indices
 from strategies.data.finite import not_finite
 from strategies.data.opening import open_splits
-from strategies.data_parallel_torch import GradientSync
-from strategies.evaluate_torch import Score, evaluate
-from strategies.faults_torch import DataUnusable, NotANumber, PeerLost, Stopped, UserCodeError, fault_of, is_memory
-from strategies.group_torch import Group, connect
+from strategies.engine_torch import Engine
+from strategies.engines_torch import make_engine
+from strategies.evaluate_torch import Score
+from strategies.faults_torch import DataUnusable, NotANumber, PeerLost, Stopped, fault_of
+from strategies.group_torch import Group
 from strategies.loss_torch import Loss
-from strategies.model_torch import build
-from strategies.optimizer_torch import build_optimizer, learning_rate, named_trainable, set_learning_rate
+from strategies.optimizer_torch import learning_rate, set_learning_rate
 from strategies.reporter_torch import Reporter, Totals
 from strategies.sample_order import steps as steps_per
-from strategies.single_node_torch import LocalSync, Sync
 from strategies.state_sync_torch import agree_on_data, check_identified, synchronise
+from strategies.whole_model_torch import WholeModel
 
 STOP_GRACE_S = 0.3  # a broken collective may be the first sign of a stop request that is still on its way
 
@@ -51,12 +51,10 @@ class Run:
     spec: JobSpec
     group: Group
     device: torch.device
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     loss: Loss
     train_data: Dataset
     test_data: Dataset | None
-    sync: Sync
     reporter: Reporter
     writer: CheckpointWriter
     steps_per_epoch: int
@@ -64,6 +62,8 @@ class Run:
     step: int
     samples: int
     first_step: int
+    pace: CheckpointPace
+    baseline_memory_bytes: int
     own_samples: int = 0
     evaluated_at: int = -1
     score: Score | None = None
@@ -108,34 +108,26 @@ def prepare(context: TaskContext, group: Group) -> Run:
     train_data, test_data = open_data(context)
     check_identified(context, train_data.digest)
     loss = Loss(spec.train.loss, workspace.code_dir)
-    model = build(spec.model, workspace.code_dir, workspace.weights_path, spec.train.seed).to(device)
-    optimizer = build_optimizer(spec.train.optimizer, model)
-    check_stop(context)
-    connect(context, group)
+    baseline_bytes = memory_use_torch.now_bytes(device)
+    engine = make_engine(context, group, loss, train_data)
     agree_on_data(group, train_data.digest, train_data.rows)
     digest = checkpoint_torch.spec_digest(spec)
-    start = synchronise(group, model, optimizer, workspace.checkpoint_dir, digest)
+    start = synchronise(group, engine, workspace.checkpoint_dir, digest)
     per_epoch = steps_per(train_data.rows, spec.train.batch_size)
     total = spec.train.steps or (spec.train.epochs or 1) * per_epoch
-    sync: Sync = LocalSync(optimizer)
-    if task.world_size > 1:
-        sync = GradientSync(model, group, codec(task.compression))
     channel, kept = context.channel, spec.checkpoint
     reporter = Reporter(channel.progress, Totals(total, spec.train.epochs), task.rank, context.node_name, start.samples)
     writer = CheckpointWriter(workspace.checkpoint_dir, digest, kept.keep, kept.every_s, channel.checkpoint)
-    model.train()
     channel.ready()
     return Run(
         context=context,
         spec=spec,
         group=group,
         device=device,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         loss=loss,
         train_data=train_data,
         test_data=test_data,
-        sync=sync,
         reporter=reporter,
         writer=writer,
         steps_per_epoch=per_epoch,
@@ -143,28 +135,31 @@ def prepare(context: TaskContext, group: Group) -> Run:
         step=start.step,
         samples=start.samples,
         first_step=start.step,
+        pace=CheckpointPace(group, start.step, kept.every_s),
+        baseline_memory_bytes=baseline_bytes,
     )
 
 
 def loop(run: Run) -> None:
     """From the first step that is not committed to the last, with evaluations and checkpoints between."""
     train, task = run.spec.train, run.context.task
-    slicing = Slicing(train.batch_size, task.samples, task.rank, task.accumulate, train.seed, train.shuffle)
+    slicing = Slicing.of(task)
     batches = BatchSource(run.train_data, slicing, run.loss, run.device, run.steps_total)
-    parameters = list(named_trainable(run.model).values())
+    engine, times = run.engine, StepTimes()
     try:
         while run.step < run.steps_total:
             check_stop(run.context)
             batch = batches.next(run.step)
             rate = learning_rate(train.schedule, train.optimizer.lr, run.step, run.steps_total)
-            loss = gradients(run, batch)
+            seed_step(run)
+            loss = engine.gradients(batch)
             if run.group.world_size > 1 and not torch.isfinite(loss):
                 run.reporter.flush()
                 raise NotANumber(run.step + 1, rate, float(loss))
             if train.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
-            set_learning_rate(run.optimizer, rate)
-            run.optimizer.step()
+                engine.clip(train.clip_norm)
+            set_learning_rate(engine.optimizer, rate)
+            engine.optimizer.step()
 
             run.step += 1
             run.samples += batch.global_rows
@@ -173,6 +168,8 @@ def loop(run: Run) -> None:
             if evaluation_due(run):
                 evaluate_now(run)
             checkpoint_if_due(run)
+            if (deadline_s := times.step_ended(time.monotonic())) is not None:
+                run.group.set_deadline(deadline_s)
         run.reporter.flush()
         if run.evaluated_at != run.step and train.evaluate_every != "never":
             evaluate_now(run)
@@ -194,37 +191,6 @@ def refuse_bad_rows(run: Run, rows: Indices, error: NotANumber) -> None:
             "replace or remove these values before training",
             code=ErrorCode.DATA_UNUSABLE,
         )
-
-
-def gradients(run: Run, batch: StepBatch) -> Tensor:
-    """Leaves the mean gradient of the global batch in every parameter; returns the mean loss."""
-    seed_step(run)
-    run.sync.begin(batch.share)
-    last = len(batch.micro_batches) - 1
-    for number, piece in enumerate(batch.micro_batches):
-        output = forward(run, piece)
-        loss = run.loss(output, piece.target)
-        try:
-            run.sync.backward(loss, batch.nominal_items, last=number == last)
-        except RuntimeError as error:
-            if is_memory(error):
-                raise
-            raise UserCodeError("in the backward pass") from error
-    return run.sync.finish()
-
-
-def forward(run: Run, piece: MicroBatch) -> Any:
-    try:
-        if run.spec.train.precision == "bf16":
-            with torch.autocast(run.device.type, dtype=torch.bfloat16):
-                return call(run.model, piece)
-        return call(run.model, piece)
-    except Exception as error:
-        raise UserCodeError("in the model's forward pass") from error
-
-
-def call(model: nn.Module, piece: MicroBatch) -> Any:
-    return model(**piece.features) if isinstance(piece.features, dict) else model(piece.features)
 
 
 def seed_step(run: Run) -> None:
@@ -250,10 +216,7 @@ def evaluate_now(run: Run) -> None:
         return
     started = time.perf_counter()
     task = run.context.task
-    rows = max(task.samples[task.rank] // max(task.accumulate, 1), 1)
-    run.score = evaluate(
-        run.model, lambda piece: forward(run, piece), run.test_data, run.loss, run.group, task.samples, rows, run.device
-    )
+    run.score = run.engine.evaluate(run.test_data)
     metrics = Metrics(
         time.time(),
         run.step,
@@ -270,24 +233,28 @@ def evaluate_now(run: Run) -> None:
 
 
 def checkpoint_if_due(run: Run) -> None:
-    """Rank 0 only: the node uploads what it announces."""
-    if run.group.rank != 0:
+    """One rank per part: the node uploads what it announces."""
+    if run.engine.part[1] > 1:
+        due = run.pace.due(run.step)  # parts of one step only are a state: all ranks ask, and all hear the same
+    else:
+        due = run.engine.keeps and run.writer.due()
+    if not run.engine.keeps:
         return
     run.writer.poll()
-    if run.writer.due():
+    if due:
         run.reporter.flush()  # never checkpoint a state whose loss is not a number
         run.writer.start(capture(run, copy=True))
 
 
 def hold(run: Run, error: PeerLost | Stopped, used: Usage) -> Outcome:
     """The last committed step on this node's disk, for the next generation of the group. A cancelled job needs none."""
-    run.sync.undo()
+    run.engine.undo()
     held: int | None = None
     if not (isinstance(error, Stopped) and error.mode is StopMode.CANCEL):
         run.reporter.flush()
         if run.step > 0:
             run.writer.write_now(capture(run, copy=False))
-            held = run.step
+            held = run.step if run.engine.part[1] == 1 else None
     fault = fault_of(error, run.context.workspace.code_dir)
     return Outcome(AttemptState.FAILED, run.step, run.samples, metrics_of(run), usage=used, fault=fault, held_step=held)
 
@@ -305,18 +272,18 @@ def finish(run: Run, used: Usage) -> Outcome:
     run.reporter.flush()
     run.writer.finish()
     artifacts: tuple[Artifact, ...] = ()
-    if run.group.rank == 0:
-        path = run.context.workspace.output_dir / checkpoint_torch.MODEL_FILE
-        checkpoint_torch.write_model(path, run.model)
+    path = run.context.workspace.output_dir / checkpoint_torch.MODEL_FILE
+    if run.engine.write_model(path):
         run.context.channel.artifact(path.name, path)
         artifacts = (Artifact(path.name, digest_file(path), path.stat().st_size),)
-        sampling_torch.show_sample(run.spec.model, run.model, run.context.workspace.code_dir)
+        if isinstance(run.engine, WholeModel):
+            sampling_torch.show_sample(run.spec.model, run.engine.model, run.context.workspace.code_dir)
     used = replace(used, peak_memory_bytes=memory_use_torch.peak_bytes(run.device))
     return Outcome(AttemptState.DONE, run.step, run.samples, metrics_of(run), artifacts, used)
 
 
 def capture(run: Run, copy: bool) -> checkpoint_torch.TrainingState:
-    return checkpoint_torch.capture(run.model, run.optimizer, run.step, run.samples, run.epoch, copy)
+    return run.engine.capture(run.step, run.samples, run.epoch, copy)
 
 
 def usage(run: Run, started: float, startup_s: float) -> Usage:
@@ -330,6 +297,8 @@ def usage(run: Run, started: float, startup_s: float) -> Usage:
         bytes_sent=run.group.bytes_sent,
         peak_memory_bytes=memory_use_torch.peak_bytes(run.device),
         startup_s=startup_s,
+        baseline_memory_bytes=run.baseline_memory_bytes,
+        holds=run.engine.holds,
     )
 
 

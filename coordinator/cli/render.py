@@ -129,12 +129,9 @@ def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> s
     lines.append(table(["CANDIDATE", "NODES", "TIME", "STEP", "BYTES", "MEMORY", "Q", "SEEN", "WHY (NOT)"], cells))
     if measured is not None:
         lines += ["", "measured  " + _measured(measured)]
-    subtasks = [
-        (each.get("rank"), each.get("type"), each.get("node_id"), _range(each.get("data_range")),
-         _range(each.get("layer_range")), each.get("accumulate"), each.get("synchronization"))
-        for each in row.get("subtasks") or ()
-    ]  # fmt: skip
-    lines += ["", table(["RANK", "SUBTASK", "NODE", "SAMPLES OF A BATCH", "LAYERS", "MICRO-BATCHES", "SYNC"], subtasks)]
+    lines += ["", _subtasks(row)]
+    for part in (_links(row), _spares(row)):
+        lines += ["", part] if part else []
     coordination = row.get("coordination_plan") or {}
     if coordination.get("rendezvous"):  # one rank has no group
         lines += [
@@ -143,6 +140,55 @@ def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> s
             f"{coordination.get('retries')} retries",
         ]
     return "\n".join(lines)
+
+
+def _subtasks(row: Mapping[str, Any]) -> str:
+    """Who does what: of a model that is cut, which layers, from the first to the last by name."""
+    memory = (row.get("estimate") or {}).get("memory_bytes") or {}
+    cut = (row.get("layout") or {}).get("cut_after") or ()
+    cells = []
+    for each in row.get("subtasks") or ():
+        stage = each.get("stage") or 0
+        upto = f" (to {cut[stage]})" if stage < len(cut) else f" (after {cut[-1]})" if cut else ""
+        cells.append(
+            (
+                each.get("rank"),
+                f"{each.get('type')} stage {stage}, replica {each.get('replica') or 0}" if cut else each.get("type"),
+                each.get("node_id"),
+                _range(each.get("data_range")),
+                f"{_range(each.get('layer_range'))}{upto}",
+                each.get("accumulate"),
+                human_bytes(memory.get(each.get("node_id"))),
+                each.get("synchronization"),
+            )
+        )
+    headers = ["RANK", "SUBTASK", "NODE", "SAMPLES OF A BATCH", "LAYERS", "MICRO-BATCHES", "NODE MEMORY", "SYNC"]
+    return table(headers, cells)
+
+
+def _links(row: Mapping[str, Any]) -> str:
+    cells = [
+        (
+            f"{each.get('a')} - {each.get('b')}",
+            human_bytes(each.get("bytes_per_step")),
+            human_seconds(each.get("seconds")),
+        )
+        for each in row.get("links") or ()
+    ]
+    return table(["LINK", "BYTES OF A STEP", "TIME"], cells) if cells else ""
+
+
+def _spares(row: Mapping[str, Any]) -> str:
+    """What was planned beforehand for the loss of nodes."""
+    said = []
+    for each in row.get("spares") or ():
+        lost = " and ".join(each.get("lost") or ())
+        if each.get("strategy"):
+            where = ", ".join(each.get("nodes") or ())
+            said.append(f"if {lost} is lost: {each['strategy']} on {where}, {human_seconds(each.get('seconds'))}")
+        else:
+            said.append(f"if {lost} is lost: waits ({each.get('reason')})")
+    return "\n".join(said)
 
 
 def _measured(measured: Mapping[str, Any]) -> str:
@@ -183,10 +229,11 @@ def nodes(rows: list[dict[str, Any]]) -> str:
                 _gigaflops(capacity.get("flops") or {}),
                 number(row.get("bandwidth_mbps")),
                 human_seconds(row.get("rtt_s")),
+                capacity.get("peer_port") or "relayed",
                 why,
             )
         )
-    headers = ["NODE", "NAME", "STATE", "CORES", "MEMORY", "GPU", "GFLOP/S", "MBIT/S", "RTT", "WHY"]
+    headers = ["NODE", "NAME", "STATE", "CORES", "MEMORY", "GPU", "GFLOP/S", "MBIT/S", "RTT", "PEER", "WHY"]
     return table(headers, cells)
 
 

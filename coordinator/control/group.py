@@ -90,6 +90,11 @@ def _elsewhere(fault: Fault) -> bool:
     return fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY, Reason.DATA_UNUSABLE)
 
 
+def regroup(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """The ranks hold and a new group forms, without anything having gone wrong."""
+    return _recover(job, reason, message, now_s, timing)
+
+
 def _recover(
     job: JobView, reason: Reason, message: str, now_s: float, timing: Timing, hint: str = ""
 ) -> tuple[JobView, Effects]:
@@ -151,8 +156,10 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         ended = end(job, JobState.FAILED, Reason.RETRIES_EXHAUSTED, message, hint, _blame(job))
         return state.with_job(ended), [close, e.Finish(job_id)]
     wait_s = timing.backoff_s(job.retries)
-    restarted = job.reason is Reason.COORDINATOR_RESTARTED  # not the group's failure
     cause = job.message
+    if job.reason is Reason.GROUP_GROWS:
+        return state.with_job(replace(to(job, JobState.QUEUED, Reason.GROUP_GROWS, cause), not_before_s=now_s)), [close]
+    restarted = job.reason is Reason.COORDINATOR_RESTARTED  # not the group's failure
     job = to(job, JobState.QUEUED, Reason.BACKING_OFF, f"{cause}; forming a new group in {wait_s:.0f} s")
     job = replace(job, not_before_s=now_s + wait_s, retries=job.retries + (not restarted))
     return state.with_job(job), [close]
@@ -182,6 +189,7 @@ def new_group(job: JobView, now_s: float, timing: Timing) -> tuple[JobView, Effe
         fence=fence,
         fence_step=job.step,
         attempts=attempts,
+        grow_at_s=now_s + timing.grow_after_s,
         deadline_s=now_s + max(timing.start_s, plan.coordination_plan.deadline_s),
     )
     return job, [e.Offer(a.node_id, job.job_id, fence, a.rank) for a in attempts]

@@ -12,6 +12,7 @@ from typing import assert_never
 
 from coordinator.control import events as e
 from coordinator.control.group import continue_recovery, lose_attempts, offers_again, take_report
+from coordinator.control.growth import grow
 from coordinator.control.schedule import schedule
 from coordinator.control.state import JobView, NodeStatus, State, Timing
 from coordinator.control.transitions import end, to
@@ -282,7 +283,11 @@ def _consequences(
             state = state.with_job(_identifying(job, now_s, timing))
             effects.append(e.Identify(job_id))
     state, more = schedule(state, now_s, plan_for, timing)
-    return state, [*effects, *more]
+    effects += more
+    if ticked:
+        state, more = grow(state, now_s, plan_for, timing)
+        effects += more
+    return state, effects
 
 
 def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.Effect]]:

@@ -51,7 +51,7 @@ class RenewReply(_message.Message):
     def __init__(self, certificate_pem: _Optional[bytes] = ..., expires_unix_s: _Optional[float] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "minimum_protocol", "software", "name", "capacity_json", "leases_json", "spool_id", "activity", "activity_reason")
+    __slots__ = ("protocol", "minimum_protocol", "software", "name", "capacity_json", "leases_json", "spool_id", "activity", "activity_reason", "peers")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MINIMUM_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class Hello(_message.Message):
     SPOOL_ID_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_REASON_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     minimum_protocol: int
     software: str
@@ -70,7 +71,8 @@ class Hello(_message.Message):
     spool_id: str
     activity: str
     activity_reason: str
-    def __init__(self, protocol: _Optional[int] = ..., minimum_protocol: _Optional[int] = ..., software: _Optional[str] = ..., name: _Optional[str] = ..., capacity_json: _Optional[bytes] = ..., leases_json: _Optional[bytes] = ..., spool_id: _Optional[str] = ..., activity: _Optional[str] = ..., activity_reason: _Optional[str] = ...) -> None: ...
+    peers: bool
+    def __init__(self, protocol: _Optional[int] = ..., minimum_protocol: _Optional[int] = ..., software: _Optional[str] = ..., name: _Optional[str] = ..., capacity_json: _Optional[bytes] = ..., leases_json: _Optional[bytes] = ..., spool_id: _Optional[str] = ..., activity: _Optional[str] = ..., activity_reason: _Optional[str] = ..., peers: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol", "node_id", "heartbeat_s", "lease_ttl_s", "acknowledged_seq")
@@ -129,7 +131,7 @@ class Durable(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., job_id: _Optional[str] = ..., fence: _Optional[int] = ..., rank: _Optional[int] = ..., report: _Optional[_Union[_work_pb2.AttemptReport, _Mapping]] = ..., checkpoint_json: _Optional[bytes] = ..., progress_json: _Optional[bytes] = ..., logs: _Optional[_Union[_work_pb2.LogLines, _Mapping]] = ...) -> None: ...
 
 class NodeMessage(_message.Message):
-    __slots__ = ("hello", "heartbeat", "durable", "store_call", "capacity_json", "file_answer", "leaving", "task_result")
+    __slots__ = ("hello", "heartbeat", "durable", "store_call", "capacity_json", "file_answer", "leaving", "task_result", "probe_result")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +140,7 @@ class NodeMessage(_message.Message):
     FILE_ANSWER_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     TASK_RESULT_FIELD_NUMBER: _ClassVar[int]
+    PROBE_RESULT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     durable: Durable
@@ -146,7 +149,8 @@ class NodeMessage(_message.Message):
     file_answer: _work_pb2.FileAnswer
     leaving: Leaving
     task_result: _work_pb2.TaskResult
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., store_call: _Optional[_Union[_work_pb2.StoreCall, _Mapping]] = ..., capacity_json: _Optional[bytes] = ..., file_answer: _Optional[_Union[_work_pb2.FileAnswer, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., task_result: _Optional[_Union[_work_pb2.TaskResult, _Mapping]] = ...) -> None: ...
+    probe_result: ProbeResult
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., store_call: _Optional[_Union[_work_pb2.StoreCall, _Mapping]] = ..., capacity_json: _Optional[bytes] = ..., file_answer: _Optional[_Union[_work_pb2.FileAnswer, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., task_result: _Optional[_Union[_work_pb2.TaskResult, _Mapping]] = ..., probe_result: _Optional[_Union[ProbeResult, _Mapping]] = ...) -> None: ...
 
 class Echo(_message.Message):
     __slots__ = ("content",)
@@ -163,7 +167,7 @@ class Leaving(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., for_good: _Optional[bool] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "drain", "task_request", "task_cancel")
+    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "drain", "task_request", "task_cancel", "roster", "probe_order")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +178,8 @@ class CoordinatorMessage(_message.Message):
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     TASK_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TASK_CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    PROBE_ORDER_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     echo: HeartbeatEcho
     offer: _work_pb2.Offer
@@ -184,7 +190,9 @@ class CoordinatorMessage(_message.Message):
     drain: Drain
     task_request: _work_pb2.TaskRequest
     task_cancel: _work_pb2.TaskCancel
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ..., task_cancel: _Optional[_Union[_work_pb2.TaskCancel, _Mapping]] = ...) -> None: ...
+    roster: SignedRoster
+    probe_order: ProbeOrder
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ..., task_cancel: _Optional[_Union[_work_pb2.TaskCancel, _Mapping]] = ..., roster: _Optional[_Union[SignedRoster, _Mapping]] = ..., probe_order: _Optional[_Union[ProbeOrder, _Mapping]] = ...) -> None: ...
 
 class Acknowledged(_message.Message):
     __slots__ = ("seq",)
@@ -199,3 +207,39 @@ class Drain(_message.Message):
     reason: str
     undo: bool
     def __init__(self, reason: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
+
+class SignedRoster(_message.Message):
+    __slots__ = ("roster_json", "signature")
+    ROSTER_JSON_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    roster_json: bytes
+    signature: bytes
+    def __init__(self, roster_json: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class ProbeOrder(_message.Message):
+    __slots__ = ("call_id", "subject", "peer_id")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    subject: str
+    peer_id: str
+    def __init__(self, call_id: _Optional[int] = ..., subject: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
+
+class ProbeResult(_message.Message):
+    __slots__ = ("call_id", "rtt_minimum_s", "rtt_median_s", "upload_bytes_per_s", "download_bytes_per_s", "network", "problem")
+    CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    RTT_MINIMUM_S_FIELD_NUMBER: _ClassVar[int]
+    RTT_MEDIAN_S_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    call_id: int
+    rtt_minimum_s: float
+    rtt_median_s: float
+    upload_bytes_per_s: float
+    download_bytes_per_s: float
+    network: str
+    problem: str
+    def __init__(self, call_id: _Optional[int] = ..., rtt_minimum_s: _Optional[float] = ..., rtt_median_s: _Optional[float] = ..., upload_bytes_per_s: _Optional[float] = ..., download_bytes_per_s: _Optional[float] = ..., network: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...

@@ -113,17 +113,23 @@ def test_the_same_key_has_the_same_id_for_ever(tmp_path: Path) -> None:
 
 def test_a_clients_certificate_cannot_serve_and_the_servers_cannot_call(tmp_path: Path) -> None:
     authority = open_authority(tmp_path)
+    node = authority.credential(Role.NODE, SERVER_NAME, "h:1", "h:2", NOW)
     client = x509.load_pem_x509_certificate(
         authority.credential(Role.ADMIN, SERVER_NAME, "h:1", "h:2", NOW).certificate_pem.encode()
     )
     server, ca = x509.load_pem_x509_certificates(authority.server_identity()[1])
     assert ca == authority.certificate
-    for certificate, usage, dns in (
-        (client, ExtendedKeyUsageOID.CLIENT_AUTH, []),
-        (server, ExtendedKeyUsageOID.SERVER_AUTH, [SERVER_NAME]),
+    for certificate, usages, dns in (
+        (client, [ExtendedKeyUsageOID.CLIENT_AUTH], []),
+        (server, [ExtendedKeyUsageOID.SERVER_AUTH], [SERVER_NAME]),
+        (  # it serves its peers, under its id alone
+            x509.load_pem_x509_certificate(node.certificate_pem.encode()),
+            [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
+            [node.id],
+        ),
     ):
         extensions = certificate.extensions
-        assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [usage]
+        assert list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == usages
         assert not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         assert names.get_values_for_type(x509.DNSName) == dns

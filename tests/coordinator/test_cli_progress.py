@@ -144,6 +144,31 @@ def test_a_plan_shows_why_a_candidate_was_dropped_and_marks_the_choice() -> None
     assert "measured  seconds 1 min 40 s, step_s 2.5 ms" in text
 
 
+def test_a_plan_of_stages_shows_the_cut_the_links_and_what_happens_without_a_node() -> None:
+    stage = {"type": "train", "data_range": [0, 64], "accumulate": 8, "synchronization": "activations", "replica": 0}
+    text = render.plan(
+        {
+            "subtasks": [
+                {**stage, "rank": 0, "node_id": "n-1", "layer_range": [0, 5], "stage": 0},
+                {**stage, "rank": 1, "node_id": "n-2", "layer_range": [5, 9], "stage": 1},
+            ],
+            "layout": {"cut_after": ["h.4"], "stages": [[0, 5], [5, 9]]},
+            "estimate": {"memory_bytes": {"n-1": 2**30, "n-2": 2**29}},
+            "links": [{"a": "n-1", "b": "n-2", "bytes_per_step": 2**20, "seconds": 0.5}],
+            "spares": [
+                {"lost": ["n-1"], "strategy": "single_node", "nodes": ["n-2"], "seconds": 60.0, "reason": ""},
+                {"lost": ["n-2"], "strategy": "", "nodes": [], "seconds": None, "reason": "needs 9 GiB"},
+            ],
+        }
+    )
+    assert "0..5 (to h.4)" in text and "5..9 (after h.4)" in text
+    assert "train stage 1, replica 0" in text
+    assert "1.0 GiB" in text and "512.0 MiB" in text
+    assert "n-1 - n-2" in text and "1.0 MiB" in text and "500 ms" in text
+    assert "if n-1 is lost: single_node on n-2, 1 min 00 s" in text
+    assert "if n-2 is lost: waits (needs 9 GiB)" in text
+
+
 def test_nothing_that_others_wrote_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     bad = "x\x1b[2J"
     shown = [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coordinator.decompose import Inputs, collective_timeout_s, decompose
@@ -7,7 +9,7 @@ from protos import documents
 from protos.artifact import FileEntry, Manifest
 from protos.ids import Digest, Fence, JobId, NodeId, PlanId
 from protos.jobspec import JobSpec, parse
-from protos.plan import CoordinationPlan, CostEstimate, Plan, PlannedSubtask
+from protos.plan import CoordinationPlan, CostEstimate, Layout, Plan, PlannedSubtask
 from protos.work import Resume, Task, TaskKind
 
 
@@ -51,3 +53,33 @@ def test_the_ranks_are_told_which_data_were_identified_but_not_of_a_function() -
 @pytest.mark.parametrize(("step_s", "timeout_s"), [(0.001, 10.0), (1.0, 10.0), (3.0, 30.0), (600.0, 60.0)])
 def test_a_collective_waits_for_ten_steps_within_bounds(step_s: float, timeout_s: float) -> None:
     assert collective_timeout_s(step_s) == timeout_s
+
+
+def cut(layout: Layout, *subtasks: PlannedSubtask, step_s: float = 2.0) -> tuple[Task, ...]:
+    made = replace(plan(step_s), subtasks=subtasks, layout=layout)
+    return decompose(made, spec(), JobId("j-1"), Fence(1), Inputs())
+
+
+def test_the_slices_of_a_pipeline_are_its_replicas() -> None:
+    layout = Layout(((0, 1), (1, 2)), ("a",), 2)
+    ranges = [(0, 48), (0, 48), (48, 64), (48, 64)]
+    tasks = cut(layout, *(subtask(f"n{rank}", rank, *ranges[rank]) for rank in (3, 1, 0, 2)))
+    assert {task.samples for task in tasks} == {(48, 16)}
+    assert [task.samples[layout.replica_of(task.rank)] for task in tasks] == [48, 48, 16, 16]
+    assert all(task.layout == layout and documents.decode(Task, documents.encode(task)) == task for task in tasks)
+
+
+def test_ranks_that_cut_layers_take_one_slice_and_shards_one_each() -> None:
+    tensor = cut(Layout(((0, 1),), tensor=2), subtask("a", 0, 0, 64), subtask("b", 1, 0, 64))
+    assert {task.samples for task in tensor} == {(64,)}
+    shards = cut(Layout(((0, 1),), sharded=True), subtask("a", 0, 0, 40), subtask("a", 1, 40, 64))
+    assert {task.samples for task in shards} == {(40, 24)}
+    assert {task.ranks_here for task in shards} == {2}
+
+
+def test_ranks_that_share_a_model_wait_for_whole_steps_of_the_others() -> None:
+    pipeline = Layout(((0, 1), (1, 2)), ("a",))
+    assert collective_timeout_s(0.001, pipeline) == 20.0 + 3 * 0.001
+    assert collective_timeout_s(100.0, pipeline) == 320.0
+    assert collective_timeout_s(1e4, pipeline) == 600.0
+    assert collective_timeout_s(1.0, Layout(((0, 1),), checkpoint_activations=True)) == 10.0

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from coordinator.planner import placeable_when_idle, plan, replan
+from coordinator.planner import placeable_when_idle, plan, replan, spare_plans
 from protos import documents
 from protos.capacity import Capacity, FamilyRate, TrustedNetwork
 from protos.errors import ErrorCode, NoPlacement
@@ -37,8 +38,8 @@ def node(name: str, gflops: float = 10.0, lan: bool = True, activity: Activity =
 def model(parameters: int = 1_000_000, flops: float = 1e9) -> ModelProfile:
     layer = LayerProfile("layer", "Linear", parameters, flops, 1e5, 4e3, (10,))
     return ModelProfile(
-        "pytorch", "source", Family.MLP, "", parameters, 4 * parameters, True, ("float32",), (64,), Complexity.MEDIUM,
-        (layer,), Requirements(1, GIB, 0, 1, "layers"), 1.0,
+        "pytorch", "source", Family.UNKNOWN, "", parameters, 4 * parameters, True, ("float32",), (64,),
+        Complexity.MEDIUM, (layer,), Requirements(1, GIB, 0, 1, "layers"), 1.0,
     )  # fmt: skip
 
 
@@ -62,8 +63,9 @@ def test_all_five_strategies_are_listed_with_predictions_or_reasons() -> None:
     for name in ("data_parallel", "single_node"):
         assert by_name[name].feasible
         assert by_name[name].seconds
-    for name in ("model_parallel", "pipeline_parallel", "federated"):
-        assert (by_name[name].feasible, by_name[name].reasons) == (False, ("not built yet",))
+    assert by_name["federated"].reasons == ("not built yet",)
+    assert by_name["model_parallel"].reasons[0].startswith("every node holds the whole model")
+    assert by_name["pipeline_parallel"].reasons == ("the model cannot be cut into stages: it was not examined",)
     assert by_name["single_node"].bytes == 0.0
     assert by_name["data_parallel"].bytes == pytest.approx(1000 * 2 * 4e6)
 
@@ -117,7 +119,7 @@ def test_without_nodes_every_strategy_says_why_and_the_hint_says_how_to_get_one(
         decide()
     assert "single_node: no usable node has joined." in refused.value.message
     assert "data_parallel: needs 2 usable nodes, there are none." in refused.value.message
-    assert "model_parallel, pipeline_parallel, federated: not built yet." in refused.value.message
+    assert "federated: not built yet." in refused.value.message
     assert "hive-node" in refused.value.hint
 
 
@@ -195,3 +197,100 @@ def test_a_decision_over_eight_nodes_takes_less_than_fifty_milliseconds() -> Non
         decide(*nodes)
         times.append(time.perf_counter() - started)
     assert sorted(times)[3] < 0.05
+
+
+def stack(blocks: int, parameters: int, flops: float = 1e9) -> ModelProfile:
+    """A model that can be cut after each of its layers."""
+    layers = tuple(LayerProfile(f"h.{k}", "Conv2d", parameters, flops, 1e5, 4e3, (10,), 4e3) for k in range(blocks))
+    total = blocks * parameters
+    return replace(model(total), layers=layers, family=Family.CNN, why_not_cut="")
+
+
+LARGER_THAN_A_NODE = stack(8, 100_000_000)  # 12 GiB with Adam; a node grants 8
+
+
+def test_a_model_larger_than_any_node_is_cut_and_the_plan_says_how() -> None:
+    made = decide(*(node(name) for name in "abc"), profile=LARGER_THAN_A_NODE)
+    by_name = {candidate.strategy: candidate for candidate in made.candidates}
+    assert not by_name["single_node"].feasible and not by_name["data_parallel"].feasible
+    assert by_name["pipeline_parallel"].feasible and by_name["model_parallel"].feasible
+    assert made.strategy == "pipeline_parallel", "sharding sends the whole model three times in each step"
+    assert made.layout is not None and made.links
+    stages = made.layout.stages
+    assert (stages[0][0], stages[-1][1]) == (0, 8)
+    assert [subtask.layer_range for subtask in sorted(made.subtasks, key=lambda each: each.stage)] == list(stages)
+    assert f"({len(stages)} stages, " in made.reason and "1f1b" in made.reason
+    assert "every micro-batch" in made.coordination_plan.barriers[-1]
+    assert documents.decode(Plan, documents.encode(made)) == made
+
+
+def test_an_interrupted_pipeline_goes_on_with_the_nodes_left_or_by_any_way_that_fits() -> None:
+    def again_with(*names: str, **parts: Any) -> Plan:
+        cluster = ClusterView(tuple(node(name) for name in names))
+        asked = job(strategy={"pipeline_parallel": {"stages": 3}}, **parts)
+        return replan("pipeline_parallel", asked, LARGER_THAN_A_NODE, DATA, cluster, load_prior().table())
+
+    assert len(again_with("a", "b", "c").subtasks) == 3
+    assert len(again_with("a", "b").subtasks) == 2, "three stages were asked for, two nodes are left"
+    whole = replan(
+        "pipeline_parallel", job(), replace(LARGER_THAN_A_NODE, why_not_cut="it loops"), DATA,
+        ClusterView((node("a"), node("b"), node("c"), node("d"))), load_prior().table(),
+    )  # fmt: skip
+    assert whole.strategy == "model_parallel"
+    assert "pipeline_parallel is over: the model cannot be cut into stages: it loops" in whole.reason
+    with pytest.raises(NoPlacement, match="single_node"):
+        again_with("a")
+
+
+def test_the_loss_of_any_one_node_and_of_two_is_planned_beforehand() -> None:
+    nodes = tuple(node(name) for name in "abc")
+    made = decide(*nodes, strategy="data_parallel")
+    spares = spare_plans(made, job(strategy="data_parallel"), model(), DATA, ClusterView(nodes))
+    assert [spare.lost for spare in spares] == [("a",), ("b",), ("c",), ("a", "b"), ("a", "c"), ("b", "c")]
+    assert [spare.strategy for spare in spares] == ["data_parallel"] * 3 + ["single_node"] * 3
+    assert spares[0].nodes == ("b", "c") and spares[-1].nodes == ("a",)
+    assert all(spare.seconds for spare in spares)
+
+
+def test_a_loss_that_nothing_survives_is_said_with_the_reason() -> None:
+    nodes = tuple(node(name) for name in "ab")
+    made = decide(*nodes, profile=LARGER_THAN_A_NODE)
+    spares = spare_plans(made, job(), LARGER_THAN_A_NODE, DATA, ClusterView(nodes))
+    assert [(spare.lost, spare.strategy) for spare in spares] == [(("a",), ""), (("b",), "")]
+    assert all("needs 2 usable nodes" in spare.reason for spare in spares)
+
+
+def test_what_would_make_a_job_fit_is_tried_out_before_it_is_said() -> None:
+    with pytest.raises(NoPlacement) as refused:
+        decide(node("a"), profile=stack(8, 80_000_000))
+    hint = refused.value.hint
+    assert "train.optimizer: sgd" in hint
+    more = float(hint.split(" GiB more memory on a")[0].rsplit(" ", 1)[1])
+    enough, short = 8 + more, 8 + more - 0.2
+    for memory, fits in ((enough, True), (short, False)):
+        roomy = node("a")
+        roomy = replace(roomy, capacity=replace(roomy.capacity, memory_bytes=int(memory * GIB)))
+        cluster = ClusterView((roomy,))
+        assert placeable_when_idle(job(), stack(8, 80_000_000), DATA, cluster) == fits
+
+
+def test_a_strategy_that_does_not_fit_is_answered_with_those_that_do() -> None:
+    with pytest.raises(NoPlacement) as refused:
+        decide(*(node(name) for name in "abc"), profile=LARGER_THAN_A_NODE, strategy="single_node")
+    assert "strategy: model_parallel or pipeline_parallel" in refused.value.hint
+    with pytest.raises(NoPlacement) as refused:
+        heavy = replace(model().layers[0], activation_bytes_per_sample=1e9)
+        train = {"batch_size": 64, "accumulate": 2}
+        decide(node("a"), profile=replace(model(), layers=(heavy,)), train=train)
+    assert "train.accumulate: auto" in refused.value.hint
+
+
+def test_the_spares_of_a_pipeline_are_pipelines_while_it_fits() -> None:
+    nodes = tuple(node(name) for name in "abc")
+    made = decide(*nodes, profile=LARGER_THAN_A_NODE)
+    assert made.strategy == "pipeline_parallel"
+    spares = spare_plans(made, job(), LARGER_THAN_A_NODE, DATA, ClusterView(nodes))
+    alone = [spare for spare in spares if len(spare.lost) == 1]
+    assert {spare.strategy for spare in alone} == {"pipeline_parallel"}
+    assert all(len(spare.nodes) == 2 and not set(spare.lost) & set(spare.nodes) for spare in alone)
+    assert {spare.strategy for spare in spares if len(spare.lost) == 2} <= {""}

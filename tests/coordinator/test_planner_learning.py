@@ -36,7 +36,7 @@ GIB = 1024**3
 DATA = DataProfile("", 64_000, 10**6)
 LAYER = LayerProfile("layer", "Linear", 10_000, 1e9, 1e5, 4e3)
 PROFILE = ModelProfile(
-    "pytorch", "source", Family.MLP, "", 10_000, 40_000, True, ("float32",), (64,), Complexity.SMALL, (LAYER,),
+    "pytorch", "source", Family.UNKNOWN, "", 10_000, 40_000, True, ("float32",), (64,), Complexity.SMALL, (LAYER,),
     Requirements(1, GIB, 0, 1, "layers"), 1.0,
 )  # fmt: skip
 

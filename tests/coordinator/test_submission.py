@@ -51,14 +51,15 @@ def test_what_was_submitted_comes_back_from_the_record_as_it_was() -> None:
 
 def test_the_key_is_of_what_is_identified() -> None:
     first = of_request(request(code=manifest(model=b"one")))
-    for same in ({**SPEC, "name": "again"}, {**SPEC, "strategy": "single_node"}):
-        assert of_request(request(same, code=manifest(model=b"one"))).key == first.key
+    again = of_request(request({**SPEC, "name": "again"}, code=manifest(model=b"one")))
+    assert again.key == first.key
     others: list[Submission] = [
         of_request(request(code=manifest(model=b"two"))),
         of_request(request(data=manifest(model=b"one"))),
+        of_request(request({**SPEC, "strategy": "pipeline_parallel"}, code=first.code)),  # type: ignore[arg-type]
         of_request(request({**SPEC, "model": {"source": "model.py:build", "args": {"hidden": 1}}}, code=first.code)),  # type: ignore[arg-type]
     ]
-    assert len({each.key for each in (first, *others)}) == 4
+    assert len({each.key for each in (first, *others)}) == 5
 
 
 def test_a_submission_that_passes_fits_into_an_offer() -> None:

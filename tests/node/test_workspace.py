@@ -16,6 +16,7 @@ from node.workspace import Workspaces
 from protos.artifact import FileEntry, Manifest, digest_bytes
 from protos.errors import Exhausted, HiveError, NotFound, SpecError
 from protos.ids import Digest, Fence, JobId
+from protos.plan import Layout
 from protos.work import Resume, Task
 
 
@@ -58,9 +59,11 @@ def test_a_job_id_that_is_none_never_becomes_a_folder(tmp_path: Path, job_id: st
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SpecError, match="not the id of a job"):
         run_async(workspaces.prepare(bad))
-    for refuse in (workspaces.close_job, workspaces.checkpoint_dir, workspaces.newest_checkpoint):
+    for refuse in (workspaces.close_job, workspaces.checkpoint_dir):
         with pytest.raises(SpecError):
             refuse(JobId(job_id))
+    with pytest.raises(SpecError):
+        workspaces.newest_checkpoint(bad)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -91,7 +94,8 @@ def test_a_closed_attempt_leaves_checkpoints_and_nothing_else(tmp_path: Path) ->
         (workspace.checkpoint_dir / "step-00000007").mkdir()
         workspaces.close_attempt(given)
         assert [path.name for path in (tmp_path / "jobs" / given.job_id).iterdir()] == ["checkpoints"]
-        assert workspaces.newest_checkpoint(given.job_id) == (7, workspace.checkpoint_dir / "step-00000007")
+        found = workspaces.newest_checkpoint(given)
+        assert found is not None and (found[0].step, found[1]) == (7, workspace.checkpoint_dir / "step-00000007")
         workspaces.close_job(given.job_id)
         assert list((tmp_path / "jobs").iterdir()) == []
 
@@ -180,3 +184,24 @@ def test_what_nobody_asked_about_for_days_is_swept(tmp_path: Path) -> None:
         assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == ["j-busy", "j-new"]
 
     run_async(body())
+
+
+def test_a_rank_hands_over_its_own_part_of_its_own_generation(tmp_path: Path) -> None:
+    workspaces, _ = made(tmp_path)
+    pipeline = Layout(((0, 1), (1, 2)), ("first",), replicas=2)
+    mine = task(4, rank=3, world_size=4, layout=pipeline)  # the second stage of the second replica
+
+    async def body() -> None:
+        workspace = await workspaces.prepare(mine)
+        for name in ("step-00000005", "step-00000009.fence-4.1-of-2", "step-00000011.fence-3.2-of-2"):
+            (workspace.checkpoint_dir / name).mkdir()
+        assert _newest(workspaces, mine) == "step-00000005"
+        (workspace.checkpoint_dir / "step-00000009.fence-4.2-of-2").mkdir()
+        assert _newest(workspaces, mine) == "step-00000009.fence-4.2-of-2"
+
+    run_async(body())
+
+
+def _newest(workspaces: Workspaces, given: Task) -> str:
+    found = workspaces.newest_checkpoint(given)
+    return found[1].name if found is not None else ""

@@ -72,8 +72,17 @@ def test_the_job_file_of_the_design_is_understood() -> None:
         (merged(nodes={"min": 3, "max": 2}), ["nodes", "max 2 is below min 3"]),
         (merged(nodes={"max": 9999}), ["nodes.max"]),
         (merged(strategy="data_paralel"), ["strategy", "'data_parallel'"]),
-        (merged(strategy="pipeline_parallel"), ["strategy", "is not built", "auto"]),
-        (merged(strategy={"pipeline_parallel": {"stages": 2}}), ["strategy", "not built yet"]),
+        (merged(strategy="federated"), ["strategy", "is not built", "auto"]),
+        (merged(strategy={"pipeline_paralel": {}}), ["strategy", "did you mean 'pipeline_parallel'"]),
+        (merged(strategy={"pipeline_parallel": {"stagez": 2}}), ["stagez: unknown key", "'stages'"]),
+        (merged(strategy={"pipeline_parallel": {"ranks": 2}}), ["no option 'ranks'", "stages, replicas, microbatches"]),
+        (merged(strategy={"data_parallel": {"stages": 2}}), ["no option 'stages'", "only pipeline_parallel and model"]),
+        (merged(strategy={"pipeline_parallel": {"schedule": "zb"}}), ["schedule", "What works: 1f1b, gpipe"]),
+        (merged(strategy={"model_parallel": {"kind": "tensors"}}), ["kind", "did you mean 'tensor'"]),
+        (merged(strategy={"pipeline_parallel": {"stages": 1}}), ["stages", "greater than or equal to 2"]),
+        (merged(strategy={"pipeline_parallel": {}, "auto": {}}), ["one name with its options"]),
+        (merged(strategy={"pipeline_parallel": 3}), ["strategy_options"]),
+        (merged(strategy_options={"stages": 2}), ["strategy auto has no option 'stages'"]),
         (merged(name="a\x1b[2J"), ["name: ", "\\x1b[2J", "control characters"]),
         (merged(name="abc\u202edef"), ["name: "]),
         (merged(train={"seed": 2**63}), ["train.seed: ", "less than or equal to"]),
@@ -227,6 +236,24 @@ def test_a_job_spec_survives_json_and_yaml(batch: int, lr: float, name: str, str
     assert parse(json.loads(dump(spec))) == spec
     assert parse_text(dump(spec)) == spec
     assert dump(parse(json.loads(dump(spec)))) == dump(spec)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"pipeline_parallel": {"stages": 2, "replicas": 2, "microbatches": 8, "schedule": "gpipe"}},
+        {"model_parallel": {"kind": "sharded", "ranks": 3}},
+        {"pipeline_parallel": None},
+        {"data_parallel": {}},
+    ],
+)
+def test_a_strategy_with_options_has_a_plain_name_and_survives_the_wire(strategy: dict[str, Any]) -> None:
+    spec = parse(merged(strategy=strategy))
+    ((name, options),) = strategy.items()
+    assert spec.strategy == name
+    given = spec.strategy_options.given if spec.strategy_options else ()
+    assert {key: getattr(spec.strategy_options, key) for key in given} == (options or {})
+    assert parse(json.loads(dump(spec))) == spec == JobSpec.model_validate_json(spec.model_dump_json())
 
 
 def test_a_number_with_an_exponent_is_a_number_though_yaml_reads_text() -> None:

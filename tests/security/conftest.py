@@ -51,6 +51,10 @@ class Working:
     def node(self, name: str) -> Credential:
         return credentials.load(self.cluster.folder / name / "node" / "credential.json")
 
+    def peer_port(self, name: str) -> int:
+        """Where a node serves the others."""
+        return next(int(n["capacity"]["peer_port"]) for n in self.cluster.show_nodes() if n["name"] == name)
+
     def token(self, role: str) -> str:
         """A fresh token, good for one join."""
         return str(self.cluster.ask("token", "create", "--role", role)["token"]["token"])

@@ -19,10 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from coordinator.authority import open_authority
+from node import peer_client
 from node.control import socket_path
 from protos import dial, enrol
 from protos.credentials import SERVER_NAME
-from protos.gen import artifacts_pb2, jobs_pb2, membership_pb2
+from protos.gen import artifacts_pb2, jobs_pb2, membership_pb2, peer_pb2
+from protos.roster import METADATA_KEY
 from tests.security.conftest import Working
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -71,16 +73,22 @@ def dialled(port: int) -> Iterator[socket.socket]:
         yield connection
 
 
-def test_the_coordinator_listens_on_its_two_ports_and_the_nodes_on_none(working: Working) -> None:
+def test_the_coordinator_listens_on_its_two_ports_and_each_node_on_the_one_for_its_peers(working: Working) -> None:
     assert listeners(working.coordinator_pid) == {
         ("127.0.0.1", working.front_port),
         ("127.0.0.1", working.cluster.session_port),
     }
     for name, node in working.cluster.nodes.items():
         (parent,) = psutil.Process(node.pid).children()
-        for process in (psutil.Process(node.pid), parent):
-            found = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-            assert found == [], f"{name}: neither the daemon nor the workers' parent listens"
+        found = [
+            [
+                (c.laddr.ip.removeprefix("::ffff:"), c.laddr.port)
+                for c in process.net_connections("tcp")
+                if c.status == psutil.CONN_LISTEN
+            ]
+            for process in (psutil.Process(node.pid), parent)
+        ]
+        assert found == [[("127.0.0.1", working.peer_port(name))], []], "only the daemon, and only where it is trusted"
 
 
 def test_workers_listen_on_loopback_only_once_each_and_talk_to_each_other_there(working: Working) -> None:
@@ -98,7 +106,7 @@ def test_workers_listen_on_loopback_only_once_each_and_talk_to_each_other_there(
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=["http1", "http2", "broken-tls", "bytes"])
 def test_plain_text_gets_no_answer_from_either_port(working: Working, garbage: bytes) -> None:
-    for port in (working.front_port, working.cluster.session_port):
+    for port in (working.front_port, working.cluster.session_port, working.peer_port("n0")):
         with dialled(port) as connection:
             connection.sendall(garbage)
             said = answers(connection)
@@ -110,6 +118,8 @@ def test_without_a_certificate_the_session_port_says_nothing_after_the_handshake
     working: Working, version: ssl.TLSVersion
 ) -> None:
     assert _after_handshake(working, None, version) == b""
+    n0 = working.node("n0").id
+    assert _after_handshake(working, None, version, working.peer_port("n0"), n0) == b"", "nor does the one for peers"
 
 
 def test_a_certificate_of_another_authority_is_no_certificate(working: Working, tmp_path: Path) -> None:
@@ -119,18 +129,39 @@ def test_a_certificate_of_another_authority_is_no_certificate(working: Working, 
     pair = tmp_path / "pair.pem"
     pair.write_bytes(key + certificate)
     assert _after_handshake(working, pair, ssl.TLSVersion.TLSv1_3) == b""
+    n0 = working.node("n0").id
+    assert _after_handshake(working, pair, ssl.TLSVersion.TLSv1_3, working.peer_port("n0"), n0) == b""
 
 
-def _after_handshake(working: Working, pair: Path | None, version: ssl.TLSVersion) -> bytes:
+def test_members_without_a_roster_get_nothing_from_a_nodes_port(working: Working) -> None:
+    """The owner and another node have certificates of this authority; neither is on a roster that n0 holds."""
+
+    async def main() -> dict[str, set[str]]:
+        codes: dict[str, set[str]] = {}
+        n0 = working.node("n0")
+        for name, caller in (("owner", working.owner), ("n1", working.node("n1"))):
+            async with peer_client.channel(f"127.0.0.1:{working.peer_port('n0')}", caller, n0.id) as line:
+                for method in peer_pb2.DESCRIPTOR.services_by_name["Peer"].methods:
+                    for metadata in ((), ((METADATA_KEY, "j-none/1"),)):
+                        call = line.unary_unary(f"/hive.v1.Peer/{method.name}", _as_it_is, _as_it_is)
+                        codes.setdefault(name, set()).add((await call(b"", metadata=metadata, timeout=10).code()).name)
+        return codes
+
+    assert asyncio.run(main()) == {"owner": {"PERMISSION_DENIED"}, "n1": {"PERMISSION_DENIED"}}
+
+
+def _after_handshake(
+    working: Working, pair: Path | None, version: ssl.TLSVersion, port: int = 0, name: str = SERVER_NAME
+) -> bytes:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(cadata=working.owner.ca_pem)
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(["h2"])
     if pair is not None:
         context.load_cert_chain(pair)
-    with dialled(working.cluster.session_port) as plain:
+    with dialled(port or working.cluster.session_port) as plain:
         try:
-            with context.wrap_socket(plain, server_hostname=SERVER_NAME) as connection:
+            with context.wrap_socket(plain, server_hostname=name) as connection:
                 connection.sendall(GARBAGE[1])
                 return answers(connection)
         except OSError:  # refused within the handshake

@@ -21,7 +21,7 @@ from protos.gen import membership_pb2 as pb
 from protos.ids import Fence, JobId, NodeId, PlanId
 from protos.plan import CoordinationPlan, CostEstimate, Plan, PlannedSubtask
 from protos.states import Activity, Reason
-from protos.work import Checkpoint, HeldLease, Resume, Task, TaskKind
+from protos.work import Checkpoints, HeldLease, Resume, Task, TaskKind
 
 if TYPE_CHECKING:
     from sim_network import Wire
@@ -129,7 +129,8 @@ class SimCoordinator:
         record = self.controller.record(job_id)
         resume = None
         if record.checkpoint_json:
-            resume = Resume(documents.decode(Checkpoint, record.checkpoint_json).step, self.world.empty_manifest)
+            newest = documents.decode(Checkpoints, record.checkpoint_json).newest
+            resume = Resume(newest.step, self.world.empty_manifest) if newest is not None else None
         size = len(view.plan.subtasks)
         return Task(
             TaskKind.TRAIN, job_id, fence, rank, size, view.plan.strategy, self.world.spec, (1,) * size,

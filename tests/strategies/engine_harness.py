@@ -150,9 +150,10 @@ class Job:
 
     def task(self, rank: int = 0, samples: tuple[int, ...] | None = None, fence: int = 1, **values: Any) -> Task:
         samples = samples or (self.batch,)
-        strategy = "single_node" if len(samples) == 1 else "data_parallel"
+        world_size = values.pop("world_size", len(samples))
+        strategy = "single_node" if world_size == 1 else "data_parallel"
         return Task(
-            TaskKind.TRAIN, JobId("j-test"), Fence(fence), rank, len(samples), strategy, self.spec, samples, **values
+            TaskKind.TRAIN, JobId("j-test"), Fence(fence), rank, world_size, strategy, self.spec, samples, **values
         )
 
     def run_here(self, node: str = "one", attempt: str = "0", stop_at_step: int | None = None, **values: Any) -> Any:

@@ -8,14 +8,14 @@ import pytest
 from protos.capacity import Capacity, DeviceInfo, FamilyRate, LinkEstimate, TrustedNetwork
 from protos.errors import NoPlacement
 from protos.ids import NodeId
-from protos.jobspec import StrategyName, parse
+from protos.jobspec import BUILT_STRATEGIES, StrategyName, parse
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
 from protos.plan import ClusterView, DataProfile, NodeView
 from protos.states import Activity, Eligibility, NodeLink
 from strategies.base import Inputs
-from strategies.data_parallel import DataParallel, _alike
+from strategies.data_parallel import DataParallel
 from strategies.links import link_between, median_rtt_s, trusted_groups
-from strategies.partition import RankSpeed, split_batch
+from strategies.partition import RankSpeed, alike, split_batch
 from strategies.registry import BUILT
 from strategies.single_node import SingleNode
 
@@ -55,7 +55,7 @@ def ask(*nodes: NodeView, profile: ModelProfile | None = None, data: DataProfile
 
 
 def test_the_strategies_that_are_built_are_registered_under_their_names() -> None:
-    assert set(BUILT) == {StrategyName.SINGLE_NODE, StrategyName.DATA_PARALLEL}
+    assert set(BUILT) == set(StrategyName) - {StrategyName.FEDERATED} == set(BUILT_STRATEGIES)
     assert all(strategy.name is name for name, strategy in BUILT.items())
 
 
@@ -223,5 +223,5 @@ def test_unmeasured_links_fall_back_to_what_is_known_and_measured_ones_win() -> 
 def test_equal_machines_get_equal_slices_although_their_measurements_differ_a_little() -> None:
     near = [RankSpeed(0.001, 1.00e-4, 1000), RankSpeed(0.001, 1.08e-4, 1000)]
     far = [RankSpeed(0.001, 1.00e-4, 1000), RankSpeed(0.001, 1.60e-4, 1000)]
-    assert split_batch(_alike(near, 64), 64) == (32, 32)
-    assert split_batch(_alike(far, 64), 64) != (32, 32)
+    assert split_batch(alike(near, 64), 64) == (32, 32)
+    assert split_batch(alike(far, 64), 64) != (32, 32)

@@ -64,6 +64,7 @@ class Job:
     target: np.ndarray[Any, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
+    strategy: str = "auto"
 
     def run(self) -> Outcome:
         code_dir = self.folder / "code"
@@ -78,6 +79,7 @@ class Job:
                 "model": {"source": f"{name}:build", "args": self.args},
                 "data": {"source": "train.npz", "features": "x", "target": "y", "test_fraction": 0.25},
                 "train": {"batch_size": 16, **self.train},
+                "strategy": self.strategy,
             }
         )
         task = Task(TaskKind.IDENTIFY, JobId("j"), Fence(1), 0, 1, "", spec, (16,))

@@ -1,0 +1,43 @@
+"""What rules out every plan over several nodes, whatever the strategy, and the groups of nodes that are left."""
+
+from __future__ import annotations
+
+from strategies.base import Inputs
+from strategies.links import TrustedGroup, ranks_of, trusted_groups
+
+
+def groups(inputs: Inputs) -> list[TrustedGroup]:
+    """Nodes of one trusted network, enough of them, and one that holds the newest state among them."""
+    holding = inputs.holding
+    return [
+        group
+        for group in trusted_groups(inputs.eligible)
+        if len(group.nodes) >= inputs.spec.nodes.min
+        and (not holding or any(node.node_id in holding for node in group.nodes))
+    ]
+
+
+def group_reasons(inputs: Inputs) -> tuple[str, ...]:
+    """One clause; empty when there is a group to look at."""
+    nodes, eligible = inputs.spec.nodes, inputs.eligible
+    if not inputs.profile.trainable:
+        return (inputs.profile.why_not or "the model cannot be trained",)
+    if nodes.max < 2:
+        return ("nodes.max is 1",)
+    if len(eligible) < nodes.min or sum(map(ranks_of, eligible)) < 2:
+        others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
+        return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
+    trusted = [group for group in trusted_groups(eligible) if len(group.nodes) >= nodes.min]
+    if not trusted:
+        wanted = "two" if nodes.min <= 2 else str(nodes.min)
+        return (
+            f"no {wanted} of the {len(eligible)} usable nodes share a trusted network: start the nodes of one LAN with "
+            "`hive-node start --trusted-lan IFACE|CIDR`",
+        )
+    if not groups(inputs):
+        return ("no trusted network reaches a node that has the newest state of the job",)
+    return ()
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count or 'none'}"

@@ -1,0 +1,290 @@
+"""Which hosts take which stage of a pipeline, in which order, and where the model is cut: dynamic programme.
+
+Answers with a few chains per question: for every number of stages the one whose slowest stage is fastest, and around
+the least bottleneck those with the least sum; the caller weighs them exactly. A step takes
+sum c_s + sum p_s + (m - 1) max q_s, with q_s = mix(c_s, p_s), p_s what stage s sends and gets back.
+
+Works from the last stage backwards over (hosts used, first host, first piece), so the stages behind, and with them the
+micro-batches in flight, are known. Near-identical hosts count as one kind once there are too many to tell apart.
+Invariants: no stage is empty, no host has two stages, every stage fits its host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from protos.plan import Schedule
+from strategies.cost import OVERLAP
+from strategies.links import Link
+from strategies.segments import Array, Load, Segments, stage_bytes
+
+SLACK = (1.0, 1.05, 1.15, 1.3, 1.6, 2.5, math.inf)  # of the least bottleneck, at which the sum is minimised
+ROUGH_SLACK = (1.05, 1.3)  # to compare questions before one of them is answered in full
+MOST_STATES = 16_384  # hosts used x pairs of kinds: eight hosts that are all different
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Host:
+    """Where a stage may run: training time of one sample in pieces [i, j), per micro-batch overhead, memory."""
+
+    seconds: Array
+    overhead_s: float
+    budget_bytes: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """`links[a][b]` joins host a with host b; a chain takes one of `required`, unless there are none."""
+
+    segments: Segments
+    hosts: tuple[Host, ...]
+    links: Sequence[Sequence[Link]]
+    load: Load
+    most_stages: int
+    least_stages: int = 2
+    required: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Stage s runs pieces [cuts[s], cuts[s + 1]) on hosts[s]."""
+
+    hosts: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    members: tuple[int, ...]  # fastest first
+    host: Host  # the slowest and smallest of them
+
+
+def transfer_s(link: Link, size_bytes: float) -> float:
+    """One micro-batch over a border: the activation there, its gradient back."""
+    return 2 * (link.rtt_s / 2 + size_bytes / link.bytes_per_s)
+
+
+def chain_s(question: Question, chain: Chain) -> float:
+    """Time of a step without what follows the last micro-batch; infinite when a stage does not fit."""
+    load, segments = question.load, question.segments
+    total, slowest = 0.0, 0.0
+    for stage, host in enumerate(chain.hosts):
+        first, last = chain.cuts[stage], chain.cuts[stage + 1]
+        behind = len(chain.hosts) - stage
+        if stage_bytes(segments, load, behind)[first, last] > question.hosts[host].budget_bytes:
+            return math.inf
+        compute_s = question.hosts[host].overhead_s + load.rows * float(question.hosts[host].seconds[first, last])
+        sent_s = 0.0
+        if behind > 1:
+            link = question.links[host][chain.hosts[stage + 1]]
+            sent_s = transfer_s(link, load.rows * float(segments.cut_bytes[last]))
+        total += compute_s + sent_s
+        slowest = max(slowest, _mixed(compute_s, sent_s))
+    return total + (load.micro_batches - 1) * slowest
+
+
+def chains(question: Question, slacks: Sequence[float] = SLACK) -> tuple[Chain, ...]:
+    """Candidates with `least_stages` or more; empty when nothing fits."""
+    solver = _Solver(question)
+    least = solver.solve(None)
+    best = solver.least(least)
+    if not math.isfinite(best):
+        return ()
+    found = dict.fromkeys(solver.read(least, None))
+    for slack in slacks:
+        limit = best * slack * (1 + 1e-9)
+        found |= dict.fromkeys(solver.read(solver.solve(limit), limit))
+    return tuple(found)
+
+
+def _mixed(compute_s: float, sent_s: float) -> float:
+    return float((compute_s**OVERLAP + sent_s**OVERLAP) ** (1 / OVERLAP))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moves:
+    """Which hosts may be in use after so many stages, counted by kind, and how one more in front changes that."""
+
+    states: tuple[tuple[tuple[int, ...], ...], ...]  # by the number of stages
+    index: tuple[dict[tuple[int, ...], int], ...]
+    steps: tuple[tuple[int, tuple[int, int], list[int], list[int]], ...]  # level, kinds, rows before, rows after
+
+
+@lru_cache(maxsize=16)
+def _moves(sizes: tuple[int, ...], most: int) -> _Moves:
+    states: list[list[tuple[int, ...]]] = [[] for _ in range(most + 1)]
+    for state in product(*(range(size + 1) for size in sizes)):
+        if sum(state) <= most:
+            states[sum(state)].append(state)
+    index = tuple({state: row for row, state in enumerate(level)} for level in states)
+    steps = []
+    for level in range(2, most + 1):
+        for first, second in product(range(len(sizes)), repeat=2):
+            rows = [
+                (row, index[level][_changed(state, first, 1)])
+                for row, state in enumerate(states[level - 1])
+                if state[second] and state[first] < sizes[first]
+            ]
+            if rows:
+                steps.append((level, (first, second), [before for before, _ in rows], [after for _, after in rows]))
+    return _Moves(tuple(map(tuple, states)), index, tuple(steps))
+
+
+class _Solver:
+    """One question; `solve(limit)` minimises the sum over chains whose stages are within the limit, `solve(None)` the
+    slowest stage. A solution is a table [state, kind, piece] for each number of stages."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        self._kinds = _kinds(question)
+        count = question.segments.count
+        most = min(question.most_stages, count, len(question.hosts))
+        if question.load.schedule is Schedule.ONE_F_ONE_B:
+            most = min(most, question.load.micro_batches)
+        self._moves = _moves(tuple(len(kind.members) for kind in self._kinds), most)
+        self._prepare(count, most)
+
+    def _prepare(self, count: int, most: int) -> None:
+        """Tables of every kind and pair of kinds: time, slowest, and whether a stage with so many behind it fits."""
+        load, segments = self._question.load, self._question.segments
+        empty = np.tri(count + 1, count + 1, dtype=bool)
+        compute = [kind.host.overhead_s + load.rows * kind.host.seconds for kind in self._kinds]
+        self._compute = [np.where(empty, math.inf, table) for table in compute]
+        self._total: dict[tuple[int, int], Array] = {}
+        self._slowest: dict[tuple[int, int], Array] = {}
+        for a, b in product(range(len(self._kinds)), repeat=2):
+            if a == b and len(self._kinds[a].members) == 1:
+                continue
+            link = self._link(a, b)
+            sent = 2 * (link.rtt_s / 2 + load.rows * segments.cut_bytes / link.bytes_per_s)
+            self._total[a, b] = self._compute[a] + sent[None, :]
+            mixed = (np.where(empty, 0.0, compute[a]) ** OVERLAP + sent[None, :] ** OVERLAP) ** (1 / OVERLAP)
+            self._slowest[a, b] = np.where(empty, math.inf, mixed)
+        need = [np.zeros(0), *(stage_bytes(segments, load, behind) for behind in range(1, most + 1))]
+        self._unfit = [[table > kind.host.budget_bytes for table in need] for kind in self._kinds]
+
+    def _link(self, a: int, b: int) -> Link:
+        pairs = [(x, y) for x in self._kinds[a].members for y in self._kinds[b].members if x != y]
+        links = [self._question.links[x][y] for x, y in pairs]
+        return Link(max(link.rtt_s for link in links), min(link.bytes_per_s for link in links))
+
+    def solve(self, limit: float | None) -> list[Array]:
+        width = self._question.segments.count + 1
+        levels = [np.full((len(states), len(self._kinds), width), math.inf) for states in self._moves.states]
+        for kind in range(len(self._kinds)):
+            unit = tuple(int(other == kind) for other in range(len(self._kinds)))
+            row = self._moves.index[1][unit]
+            last = np.where(self._unfit[kind][1], math.inf, self._compute[kind])[:, -1]
+            levels[1][row, kind] = last if limit is None else np.where(last > limit, math.inf, last)
+        for level, (first, second), sources, targets in self._moves.steps:
+            table = self._table((first, second), level, limit)
+            before = levels[level - 1][sources, second][:, None, :]
+            joined = np.maximum(before, table) if limit is None else before + table
+            levels[level][targets, first] = np.minimum(levels[level][targets, first], joined.min(axis=2))
+        return levels
+
+    def _table(self, pair: tuple[int, int], level: int, limit: float | None) -> Array:
+        """[i, j]: what a stage adds, `level`-th from the end, on the first of the pair and before the second."""
+        unfit = self._unfit[pair[0]][level]
+        if limit is None:
+            return np.where(unfit, math.inf, self._slowest[pair])
+        return np.where(unfit | (self._slowest[pair] > limit), math.inf, self._total[pair])
+
+    def least(self, levels: list[Array]) -> float:
+        return min((float(self._whole(levels, level).min()) for level in self._allowed), default=math.inf)
+
+    @property
+    def _allowed(self) -> range:
+        return range(max(2, self._question.least_stages), len(self._moves.states))
+
+    def _whole(self, levels: list[Array], level: int) -> Array:
+        """[state, kind] of chains of the whole model that take a required host."""
+        whole, required = levels[level][:, :, 0], self._question.required
+        if not required:
+            return whole
+        kinds = [index for index, kind in enumerate(self._kinds) if required.intersection(kind.members)]
+        taken = [any(state[kind] for kind in kinds) for state in self._moves.states[level]]
+        return np.where(np.array(taken)[:, None], whole, math.inf)
+
+    def read(self, levels: list[Array], limit: float | None) -> list[Chain]:
+        """The best chain for each allowed number of stages."""
+        found = []
+        for level in self._allowed:
+            whole = self._whole(levels, level)
+            if math.isfinite(float(whole.min())):
+                row, kind = np.unravel_index(int(whole.argmin()), whole.shape)
+                found.append(self._trace(levels, level, int(row), int(kind), limit))
+        return found
+
+    def _trace(self, levels: list[Array], level: int, row: int, kind: int, limit: float | None) -> Chain:
+        kinds, cuts = [kind], [0]
+        state = self._moves.states[level][row]
+        while level > 1:
+            state = _changed(state, kind, -1)
+            behind = levels[level - 1][self._moves.index[level - 1][state]]
+            best = (math.inf, 0, 0)
+            for second in range(len(self._kinds)):
+                if not state[second]:
+                    continue
+                table = self._table((kind, second), level, limit)[cuts[-1]]
+                value = np.maximum(table, behind[second]) if limit is None else table + behind[second]
+                cut = int(value.argmin())
+                best = min(best, (float(value[cut]), second, cut))
+            _, kind, cut = best
+            kinds.append(kind)
+            cuts.append(cut)
+            level -= 1
+        required = self._question.required
+        left = [sorted(each.members, key=lambda host: host not in required) for each in self._kinds]
+        return Chain(tuple(left[each].pop(0) for each in kinds), (*cuts, self._question.segments.count))
+
+
+def _changed(state: tuple[int, ...], kind: int, by: int) -> tuple[int, ...]:
+    return (*state[:kind], state[kind] + by, *state[kind + 1 :])
+
+
+def _kinds(question: Question) -> list[_Kind]:
+    """Each host a kind of its own, or the most alike merged until few enough are left."""
+    hosts = question.hosts
+    groups = [[index] for index in range(len(hosts))]
+    while math.prod(len(group) + 1 for group in groups) * len(groups) ** 2 > MOST_STATES:
+        pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
+        a, b = min(pairs, key=lambda pair: _unlike(question, groups[pair[0]], groups[pair[1]]))
+        groups[b] += groups.pop(a)
+    kinds = []
+    for group in groups:
+        members = tuple(sorted(group, key=lambda index: (_speed(hosts[index]), index)))
+        slowest = Host(
+            np.max([hosts[index].seconds for index in members], axis=0),
+            max(hosts[index].overhead_s for index in members),
+            min(hosts[index].budget_bytes for index in members),
+        )
+        kinds.append(_Kind(members, slowest))
+    return kinds
+
+
+def _speed(host: Host) -> float:
+    return float(host.seconds[0, -1]) + host.overhead_s
+
+
+def _unlike(question: Question, a: Sequence[int], b: Sequence[int]) -> float:
+    """How much is lost by treating all of them alike: the spread of speeds, of memory and of links to the others."""
+    members = [*a, *b]
+    if question.required.intersection(a) or question.required.intersection(b):
+        return 1e9  # the last to be merged
+    hosts = [question.hosts[index] for index in members]
+    times = [max(_speed(host), 1e-12) for host in hosts]
+    budgets = [max(host.budget_bytes, 1.0) for host in hosts]
+    rates = [
+        math.log(max(question.links[index][other].bytes_per_s for index in members if index != other))
+        - math.log(min(question.links[index][other].bytes_per_s for index in members if index != other))
+        for other in range(len(question.hosts))
+    ]
+    spread = math.log(max(times) / min(times)) + math.log(max(budgets) / min(budgets)) / 4
+    return spread + sum(rates) / len(rates) / 2
