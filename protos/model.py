@@ -49,6 +49,14 @@ class LayerProfile:
     borrowed_parameters: int = 0  # counted at an earlier layer, used here too (tied): a later stage keeps a copy
 
 
+JOINED = ".."  # between the first and the last of neighbours that one LayerProfile stands for: no module's name has it
+
+
+def last_of(name: str) -> str:
+    """The layer itself, or the last one of those that were joined."""
+    return name.rpartition(JOINED)[2]
+
+
 @dataclass(frozen=True, slots=True)
 class Requirements:
     """Needs of a training run. `source` is "layers" (exact arithmetic) or "table" (MISSION.md K4)."""

@@ -16,6 +16,8 @@ from protos.jobspec import JobSpec
 from protos.plan import Layout
 from protos.states import AttemptState, Reason
 
+NO_FENCE = Fence(0)
+
 
 class TaskKind(StrEnum):
     IDENTIFY = "identify"  # build the model on the meta device, profile it, describe the data
@@ -161,7 +163,7 @@ class Checkpoint:
     step: int
     samples: int
     manifest: Manifest
-    fence: Fence = Fence(0)
+    fence: Fence = NO_FENCE
     part: int = 0
     parts: int = 1
 

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from protos.model import ModelProfile
+from protos.model import ModelProfile, last_of
 from protos.plan import Schedule
 from strategies.memory import RESERVE_BYTES
 
@@ -71,7 +71,7 @@ def segments_of(profile: ModelProfile, most: int = MOST_SEGMENTS) -> Segments:
     crossing = [0.0, *(float(layers[cut].cut_bytes_per_sample or 0.0) for cut in cuts), 0.0]
     empty = Segments(
         bounds=bounds,
-        names=tuple(layers[end - 1].name for end in bounds[1:]),
+        names=tuple(last_of(layers[end - 1].name) for end in bounds[1:]),
         cut_bytes=np.array(crossing),
         parameters=np.zeros(0),
         borrowed=np.zeros(0),

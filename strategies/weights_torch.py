@@ -146,9 +146,9 @@ def fitting(model: nn.Module, weights: Weights, what: str) -> dict[str, str]:
         if weights.shape(given) != tuple(own[name].shape)
     ]
     problems = [
-        *([f"missing: {_some(missing)}"] if missing else []),
-        *([f"unexpected: {_some(unexpected)}"] if unexpected else []),
-        *([f"other shapes: {_some(reshaped)}"] if reshaped else []),
+        *([f"missing: {some(missing)}"] if missing else []),
+        *([f"unexpected: {some(unexpected)}"] if unexpected else []),
+        *([f"other shapes: {some(reshaped)}"] if reshaped else []),
     ]
     if problems:
         raise SpecError(
@@ -166,7 +166,7 @@ def address(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -190,6 +190,7 @@ def new_group(job: JobView, now_s: float, timing: Timing) -> tuple[JobView, Effe
         fence_step=job.step,
         attempts=attempts,
         grow_at_s=now_s + timing.grow_after_s,
+        passed_over=frozenset(),
         deadline_s=now_s + max(timing.start_s, plan.coordination_plan.deadline_s),
     )
     return job, [e.Offer(a.node_id, job.job_id, fence, a.rank) for a in attempts]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from coordinator.control import events as e
 from coordinator.control.group import regroup
 from coordinator.control.state import JobView, State, Timing
+from protos.ids import NodeId
 from protos.plan import Plan
 from protos.states import JobState, Reason
 
@@ -18,20 +19,20 @@ GROWS = frozenset({"data_parallel"})
 
 
 def grow(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) -> tuple[State, list[e.Effect]]:
-    """Asks for each running job at most every `timing.grow_every_s`, and only while nodes are idle."""
+    """Asks for each running job when a node has become idle that it was not asked about, and then now and again."""
     effects: list[e.Effect] = []
     if any(job.state is JobState.QUEUED for job in state.jobs.values()):
         return state, effects
     for job in sorted(state.jobs.values(), key=lambda job: job.order):
         idle = tuple(node_id for node_id in state.idle() if node_id not in job.avoid)
-        if not idle or not _may_grow(job, now_s):
+        if not idle or not _may_grow(job, idle, now_s):
             continue
         own = tuple(sorted({attempt.node_id for attempt in job.attempts}))
         if not set(own) <= set(state.willing()):  # one is about to leave: the group forms again anyway
             continue
         previous = job.plan.strategy if job.plan else None
         found = plan_for(job.job_id, tuple(sorted((*own, *idle))), state.willing(), own, previous)
-        job = replace(job, grow_at_s=now_s + timing.grow_every_s)
+        job = replace(job, grow_at_s=now_s + timing.grow_every_s, passed_over=frozenset(idle))
         if isinstance(found, Plan) and job.plan is not None and _worth_it(job, job.plan, found, timing):
             joining = sorted({subtask.node_id for subtask in found.subtasks} - set(own))
             names = ", ".join(state.nodes[node_id].name for node_id in joining)
@@ -41,9 +42,11 @@ def grow(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) -> tup
     return state, effects
 
 
-def _may_grow(job: JobView, now_s: float) -> bool:
-    running = job.state is JobState.RUNNING and job.wanted is None and now_s >= job.grow_at_s
-    return running and job.plan is not None and job.plan.strategy in GROWS and job.step > job.fence_step
+def _may_grow(job: JobView, idle: tuple[NodeId, ...], now_s: float) -> bool:
+    if job.plan is None or job.plan.strategy not in GROWS or job.wanted is not None:
+        return False
+    due = now_s >= job.grow_at_s or (bool(job.passed_over) and not set(idle) <= job.passed_over)
+    return due and job.state is JobState.RUNNING and job.step > job.fence_step
 
 
 def _worth_it(job: JobView, now: Plan, then: Plan, timing: Timing) -> bool:

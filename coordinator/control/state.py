@@ -101,6 +101,7 @@ class JobView:
     samples: int = 0
     wanted: StopMode | None = None
     grow_at_s: float = 0.0  # not asked before whether nodes that came may join
+    passed_over: frozenset[NodeId] = frozenset()  # nodes that were idle when joining them did not pay
     not_before_s: float = 0.0  # back-off of a new group; while planning: when to ask again
     deadline_s: float | None = None  # of the phase that is bounded now (start, hold, stop)
     identified: bool = False
@@ -166,7 +167,7 @@ class Timing:
     stop_s: float = 10.0
     retries: int = 3
     grow_after_s: float = 5.0  # a group stays as it is for so long
-    grow_every_s: float = 10.0  # and is looked at so often while nodes are idle
+    grow_every_s: float = 60.0  # and is looked at again so often while the same nodes are idle: speeds change
     regroup_cost_s: float = 3.0  # of a hold, a new group and the state to a newcomer
 
     def backoff_s(self, retries: int) -> float:

@@ -89,7 +89,7 @@ def test_it_says_where_it_is_and_how_to_join(running: tuple[Path, dict[str, Any]
 
 def test_the_owner_needs_no_token(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = hive(capsys, "nodes")
-    assert (code, document) == (0, {"schema": "hive/v1", "nodes": []})
+    assert (code, document) == (0, {"schema": "hive/v1", "nodes": [], "links": []})
 
 
 def test_a_job_waits_for_nodes_with_a_reason_and_can_be_cancelled(

@@ -161,7 +161,7 @@ def test_only_the_newest_checkpoint_of_an_unfinished_job_is_kept() -> None:
             accept = Accept(NodeId("a"), "s-1", number)
             await made.controller.checkpointed(JOB, Fence(1), Checkpoint(step, step, Manifest(())), accept)
         record = made.controller.record(JOB)
-        assert json.loads(record.checkpoint_json or b"")["step"] == 9
+        assert json.loads(record.checkpoint_json or b"")["newest"]["step"] == 9
         await made.check()
         for rank in (1, 0):
             await made.report(rank, AttemptState.DONE, outcome=Outcome(AttemptState.DONE, 10, 320))

@@ -285,12 +285,12 @@ def test_a_model_of_thousands_of_layers_is_explained_in_one_message(tmp_path: Pa
         await house.made.connect("a")
         submitted = await house.submit()
         job_id = JobId(submitted["id"])
-        document = documents.encode(identification(8000))
+        document = documents.encode(identification(6000))
         await house.made.controller.post(
             e.Identified(job_id), change=lambda record: replace(record, profile_json=document)
         )
         shown = read(await house.service.Explain(jobs_pb2.JobRequest(job_id=job_id), ADA))
-        assert len(shown["model"]["layers"]) == 2000 and shown["model"]["layers_left_out"] == 6000
+        assert len(shown["model"]["layers"]) == 2000 and shown["model"]["layers_left_out"] == 4000
 
     run(tmp_path, body)
 
