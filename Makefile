@@ -40,6 +40,7 @@ bench: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/fuzz --fuzz-seconds 60
+	HIVE_SIM_SEEDS=4000 $(BIN)/python -m pytest tests/sim
 
 clean:
 	rm -rf $(VENV) build *.egg-info
