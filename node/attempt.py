@@ -51,13 +51,15 @@ class Place:
     interface: str
     cores: float
     gpus: tuple[DeviceInfo, ...]
+    memory_bytes: int
     max_upload_bytes_per_s: float | None = None
 
     @classmethod
     def of(cls, task: Task, node_name: str, capacity: Capacity) -> Place:
         # By address: an interface may have several, and its owner named one. Empty (not trusted here) binds nowhere.
         address = next((n.address for n in capacity.networks if n.cidr == task.network), "")
-        return cls(node_name, address, capacity.cores, capacity.gpus, capacity.max_upload_bytes_per_s)
+        memory, upload = capacity.memory_bytes, capacity.max_upload_bytes_per_s
+        return cls(node_name, address, capacity.cores, capacity.gpus, memory, upload)
 
     def threads(self, task: Task) -> int:
         """The cores are shared by the job's ranks on this node."""
@@ -157,6 +159,7 @@ class Attempt:
                 device,
                 place.node_name,
                 self,
+                place.memory_bytes // max(1, self.task.ranks_here),
                 place.upload_bytes_per_s(self.task),
             )
         except HiveError as error:

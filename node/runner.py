@@ -83,6 +83,7 @@ class Runner:
         device: str,
         node_name: str,
         handler: WorkerHandler,
+        memory_bytes: int | None = None,
         max_upload_bytes_per_s: float | None = None,
     ) -> WorkerHandle:
         """A worker that runs the task now. Raises HiveError when no worker can be started; then nothing was called."""
@@ -96,6 +97,7 @@ class Runner:
             "threads": threads,
             "device": inner_device,
             "node_name": node_name,
+            "memory_bytes": memory_bytes,
             "max_upload_bytes_per_s": max_upload_bytes_per_s,
         }
         first = Frame(header, documents.encode(task))

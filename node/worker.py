@@ -214,6 +214,7 @@ def receive_context(connection: socket.socket, link: WorkerChannel) -> TaskConte
         threads=header["threads"],
         device=header["device"],
         node_name=header["node_name"],
+        memory_bytes=header["memory_bytes"],
         max_upload_bytes_per_s=header["max_upload_bytes_per_s"],
     )
 

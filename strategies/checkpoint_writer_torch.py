@@ -46,6 +46,11 @@ class CheckpointWriter:
         if self._writing is not None and self._writing[0].done():
             self._take()
 
+    def write_announced(self, state: TrainingState) -> None:
+        """In this thread, which waits: for a state of which there is no room for a copy."""
+        self._due = time.monotonic() + self._every_s
+        self._announce(self.write_now(state), state.step, state.samples)
+
     def write_now(self, state: TrainingState) -> Path:
         """After any write under way, in this thread."""
         self.finish()

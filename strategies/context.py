@@ -76,4 +76,5 @@ class TaskContext:
     threads: int
     device: str  # "cpu" or "cuda:N"
     node_name: str
+    memory_bytes: int | None = None  # what this rank may use of the node's memory: its share of what the owner allows
     max_upload_bytes_per_s: float | None = None  # of this rank to the others: its share of what the owner allows

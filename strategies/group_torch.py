@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -32,8 +29,10 @@ from protos.token_bucket import TokenBucket
 from strategies.context import TaskContext
 from strategies.faults_torch import PeerLost
 from strategies.store_torch import ChannelStore
+from strategies.tcp_connections import Connection, open_connections
 
 BROADCAST_CHUNK_BYTES = 16 * 1024 * 1024
+NEIGHBOURS = 2  # connections on which a stage of a pipeline sends at the same time: forward and backward
 UPLOAD_BURST_S = 0.5  # what a capped group may send at once after an idle time, in seconds of its rate
 _ABANDONED: list[object] = []  # what a broken group may still write into: must outlive the IO threads
 
@@ -68,11 +67,12 @@ class Group:
     sync_s: float = 0.0
     broken: threading.Event = field(default_factory=threading.Event)
     upload: TokenBucket | None = None
+    pace_bytes_per_s: float | None = None  # of each connection, where a library and not this class sends
     clock: Callable[[], float] = time.monotonic
     _backends: list[Any] = field(default_factory=list)  # of this group and its subgroups
     _store: object = None  # its python half must live as long as subgroups may be made
-    _sockets: frozenset[tuple[int, int]] | None = None
-    _before: frozenset[tuple[int, int]] | None = None  # None: not being made yet
+    _connections: frozenset[Connection] | None = None
+    _before: frozenset[Connection] | None = None  # None: not being made yet
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """In place, blocking."""
@@ -180,14 +180,11 @@ class Group:
     def break_group(self) -> None:
         """Makes every collective of this group fail now, from any thread, also while the group is being made."""
         self.broken.set()
-        sockets = self._sockets
-        if sockets is None:
-            sockets = _tcp_sockets() - self._before if self._before is not None else frozenset()
-        for descriptor, inode in sockets:
-            with suppress(OSError):
-                if os.fstat(descriptor).st_ino == inode:
-                    with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                        duplicate.shutdown(socket.SHUT_RDWR)
+        connections = self._connections
+        if connections is None:
+            connections = open_connections() - self._before if self._before is not None else frozenset()
+        for connection in connections:
+            connection.shut_down()
         if self.device.type == "cuda" and self.backend is not None:
             with suppress(RuntimeError):
                 self.backend.abort()
@@ -195,7 +192,10 @@ class Group:
     def connected(self) -> None:
         """After the connections of this group, or of a subgroup, were made: `break_group` covers them from now on."""
         assert self._before is not None
-        self._sockets = _tcp_sockets() - self._before
+        self._connections = open_connections() - self._before
+        if self.pace_bytes_per_s is not None:
+            for connection in self._connections:
+                connection.pace(self.pace_bytes_per_s)
         if self.broken.is_set():
             self.break_group()
 
@@ -222,7 +222,7 @@ class Group:
 
     def sent_by_kernel(self) -> int:
         """Bytes handed to TCP over all connections of the group and its subgroups, retransmissions included."""
-        return sum(_sent(descriptor, inode) for descriptor, inode in self._sockets or ())
+        return sum(connection.bytes_sent() for connection in self._connections or ())
 
     def close(self) -> None:
         """After the last collective of every rank: a rank that is already gone is no failure any more."""
@@ -285,9 +285,11 @@ def connect(context: TaskContext, group: Group) -> Group:
     rate = context.max_upload_bytes_per_s
     if rate is not None:
         group.upload = TokenBucket(rate, rate * UPLOAD_BURST_S, group.clock())
+        if task.layout is not None and len(task.layout.stages) > 1:
+            group.pace_bytes_per_s = rate / min(task.world_size - 1, NEIGHBOURS)
     store = group._store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
-    group._before = _tcp_sockets()
+    group._before = open_connections()
     timeout = timedelta(seconds=task.collective_timeout_s)
     try:
         devices = _devices(context, prefixed)
@@ -358,35 +360,6 @@ def _bind_nccl(bound_to: str) -> None:
     if not names:
         raise RuntimeError(f"no interface of this machine has the trusted address {bound_to!r}")
     os.environ["NCCL_SOCKET_IFNAME"] = f"={names[0]}"
-
-
-def _tcp_sockets() -> frozenset[tuple[int, int]]:
-    """(descriptor, inode) of every TCP connection this process has open."""
-    found = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError, ValueError):
-            descriptor = int(entry.name)
-            if not str(entry.readlink()).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                inet = duplicate.family in (socket.AF_INET, socket.AF_INET6) and duplicate.type == socket.SOCK_STREAM
-                # gloo ends the process when its listener fails, so listeners are left alone
-                if inet and not duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    found.add((descriptor, os.fstat(descriptor).st_ino))
-    return frozenset(found)
-
-
-_BYTES_SENT_AT = 200  # tcpi_bytes_sent of struct tcp_info, Linux 4.19 and later
-
-
-def _sent(descriptor: int, inode: int) -> int:
-    with suppress(OSError):
-        if os.fstat(descriptor).st_ino == inode:
-            with socket.socket(fileno=os.dup(descriptor)) as duplicate:
-                info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT_AT + 8)
-            if len(info) == _BYTES_SENT_AT + 8:
-                return int.from_bytes(info[_BYTES_SENT_AT:], sys.byteorder)
-    return 0
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -38,8 +38,10 @@ from strategies.optimizer_torch import learning_rate, set_learning_rate
 from strategies.reporter_torch import Reporter, Totals
 from strategies.sample_order import steps as steps_per
 from strategies.state_sync_torch import agree_on_data, check_identified, synchronise
+from strategies.step_record import StepRecord
 from strategies.whole_model_torch import WholeModel
 
+COPY_SHARE = 0.9  # of the granted memory, that a copy of the state may fill
 STOP_GRACE_S = 0.3  # a broken collective may be the first sign of a stop request that is still on its way
 
 
@@ -64,6 +66,7 @@ class Run:
     first_step: int
     pace: CheckpointPace
     baseline_memory_bytes: int
+    steps: StepRecord
     own_samples: int = 0
     evaluated_at: int = -1
     score: Score | None = None
@@ -137,6 +140,7 @@ def prepare(context: TaskContext, group: Group) -> Run:
         first_step=start.step,
         pace=CheckpointPace(group, start.step, kept.every_s),
         baseline_memory_bytes=baseline_bytes,
+        steps=StepRecord(group),
     )
 
 
@@ -152,6 +156,7 @@ def loop(run: Run) -> None:
             batch = batches.next(run.step)
             rate = learning_rate(train.schedule, train.optimizer.lr, run.step, run.steps_total)
             seed_step(run)
+            run.steps.begin()
             loss = engine.gradients(batch)
             if run.group.world_size > 1 and not torch.isfinite(loss):
                 run.reporter.flush()
@@ -160,6 +165,7 @@ def loop(run: Run) -> None:
                 engine.clip(train.clip_norm)
             set_learning_rate(engine.optimizer, rate)
             engine.optimizer.step()
+            run.steps.end()
 
             run.step += 1
             run.samples += batch.global_rows
@@ -243,7 +249,20 @@ def checkpoint_if_due(run: Run) -> None:
     run.writer.poll()
     if due:
         run.reporter.flush()  # never checkpoint a state whose loss is not a number
-        run.writer.start(capture(run, copy=True))
+        if has_room_for_copy(run):
+            run.writer.start(capture(run, copy=True))
+        else:
+            run.writer.write_announced(capture(run, copy=False))
+
+
+def has_room_for_copy(run: Run) -> bool:
+    """Training goes on beside a checkpoint when a second copy of the state fits; else it waits for the disk."""
+    granted = run.context.memory_bytes
+    if granted is None or run.device.type != "cpu":
+        return True
+    state = run.engine.capture(run.step, run.samples, run.epoch, copy=False)
+    size = sum(tensor.nbytes for tensor in (*state.model.values(), *state.optimizer.values()))
+    return memory_use_torch.now_bytes(run.device) + size < COPY_SHARE * granted
 
 
 def hold(run: Run, error: PeerLost | Stopped, used: Usage) -> Outcome:
@@ -299,6 +318,9 @@ def usage(run: Run, started: float, startup_s: float) -> Usage:
         startup_s=startup_s,
         baseline_memory_bytes=run.baseline_memory_bytes,
         holds=run.engine.holds,
+        step_compute_s=run.steps.compute_s,
+        step_sync_s=run.steps.sync_s,
+        step_bytes_sent=run.steps.bytes_sent,
     )
 
 

@@ -141,7 +141,7 @@ class Bench:
         output.mkdir()
         workspace = Workspace(None, None, None, None, self.folder / "checkpoints", output)
         recorder = Recorder()
-        handle = await self.runner.start(make_task(what), workspace, "lo", 2, device, "node-a", recorder, upload)
+        handle = await self.runner.start(make_task(what), workspace, "lo", 2, device, "node-a", recorder, None, upload)
         return handle, recorder
 
     async def finish(self, what: str, device: str = "cpu", upload: float | None = None) -> tuple[ExitReport, Recorder]:

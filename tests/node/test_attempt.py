@@ -88,7 +88,7 @@ class Daemon:
 
         listener = Listener(self.is_ready.set, lambda step: self.said.append(f"step {step}"), ended, self.unable.append)
         tools = Tools(self.runner, self.workspaces, self.transfers, StoreCalls(lambda message: True), self.send)
-        return Attempt(task, Place("node-a", "", 1.0, ()), tools, listener)
+        return Attempt(task, Place("node-a", "", 1.0, (), 1 << 30), tools, listener)
 
     def left(self, task: Task) -> list[str]:
         folder = self.folder / "jobs" / task.job_id

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from engine_harness import Rank, metrics_of
 from engine_jobs import mlp_job
 
+from protos.plan import Layout
 from protos.states import AttemptState
 from protos.token_bucket import TokenBucket
 from strategies.faults_torch import PeerLost
@@ -155,3 +156,24 @@ def test_one_capped_rank_of_two_holds_its_rate_over_the_whole_run(tmp_path: Path
     sent = last["bytes_sent"] - first["bytes_sent"]
     assert sent > 2 * rate * UPLOAD_BURST_S
     assert last["time"] - first["time"] >= sent / rate - UPLOAD_BURST_S - 0.05
+
+
+@pytest.mark.slow
+def test_a_capped_stage_of_a_pipeline_holds_its_rate(tmp_path: Path, ends: ExitStack) -> None:
+    """The library that runs the schedule sends by itself: the kernel paces its connections."""
+    rate = 20_000.0
+    job = mlp_job(tmp_path, steps=60)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    layout = Layout(((0, 1), (1, 2)), ("first",))
+    ranks = []
+    for rank, upload in enumerate((rate, None)):
+        task = job.task(rank, (32,), 1, world_size=2, layout=layout, accumulate=2)
+        ranks.append(Rank(job, store.port, f"node{rank}", task, "1", upload))
+        ends.callback(ranks[-1].end)
+    outcomes = [rank.outcome() for rank in ranks]
+    assert [outcome.state for outcome in outcomes] == [AttemptState.DONE] * 2, outcomes
+    metrics = [metric for metric in metrics_of(ranks[0].records()) if metric["stage"] == "train"]
+    first, last = metrics[len(metrics) // 4], metrics[-1]
+    sent = last["bytes_sent"] - first["bytes_sent"]
+    assert sent > rate
+    assert sent / (last["time"] - first["time"]) < 1.3 * rate
