@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -156,12 +155,21 @@ class Job:
             TaskKind.TRAIN, JobId("j-test"), Fence(fence), rank, world_size, strategy, self.spec, samples, **values
         )
 
-    def run_here(self, node: str = "one", attempt: str = "0", stop_at_step: int | None = None, **values: Any) -> Any:
+    def run_here(
+        self,
+        node: str = "one",
+        attempt: str = "0",
+        stop_at_step: int | None = None,
+        memory_bytes: int | None = None,
+        **values: Any,
+    ) -> Any:
         """One rank in this process. Returns (outcome, channel)."""
         from strategies.run_torch import run
 
         channel = RecordingChannel(stop_at_step=stop_at_step)
-        context = TaskContext(self.task(**values), self.workspace(node, attempt), channel, "", 1, "cpu", node)
+        context = TaskContext(
+            self.task(**values), self.workspace(node, attempt), channel, "", 1, "cpu", node, memory_bytes
+        )
         return run(context), channel
 
 
@@ -184,14 +192,10 @@ class Rank:
         }
         (self.folder / "config.json").write_text(json.dumps(config))
         self.log = self.folder / "progress.jsonl"
-        self.stderr = (self.folder / "stderr").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.folder / "config.json")],
-            stdin=subprocess.PIPE,
-            stdout=(self.folder / "stdout").open("w"),
-            stderr=self.stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
+        (self.folder / "stderr").touch()
+        from warm_ranks import WarmProcess  # it lies beside this file
+
+        self.process = WarmProcess(self.folder / "config.json")
 
     def records(self) -> list[dict[str, Any]]:
         if not self.log.exists():
@@ -199,9 +203,7 @@ class Rank:
         return [json.loads(line) for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def say(self, word: str) -> None:
-        assert self.process.stdin
         self.process.stdin.write(f"{word}\n".encode())
-        self.process.stdin.flush()
 
     def outcome(self, timeout_s: float = DEADLINE_S) -> Outcome:
         self.process.wait(timeout_s)
@@ -221,18 +223,17 @@ class Rank:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.stderr.close()
+        self.process.stdin.close()
 
 
-def main() -> None:
+def run_rank(path: Path) -> None:
+    """Ends the process."""
     import torch
 
     from strategies.run_torch import run
 
     torch.set_num_threads(1)
-    config = json.loads(Path(sys.argv[1]).read_text())
+    config = json.loads(path.read_text())
     folder = Path(config["folder"])
     channel = RecordingChannel(TestStore(config["port"]), folder / "progress.jsonl")
 
@@ -243,11 +244,11 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     workspace = Workspace(**{name: Path(value) if value else None for name, value in config["workspace"].items()})
     task = documents.decode(Task, json.dumps(config["task"]))
-    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], config["upload"]))
+    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], None, config["upload"]))
     (folder / "outcome.json").write_bytes(documents.encode(outcome))
     sys.stdout.flush()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(Path(sys.argv[1]))
