@@ -11,28 +11,37 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.strategy_report import Run, run_of
 from bench.workloads import Written
 from tests.e2e.cluster import Cluster
 
 NODES = ("n0", "n1")
 MEMORY = "3GiB"
+COORDINATOR = "coordinator.cli.main"
 JOB_DEADLINE_S = 900.0
 PEERS = Path(__file__).resolve().parent / "peers"
 
 
 @contextmanager
-def running(folder: Path, nodes: Sequence[str] = NODES, threads: int = 1) -> Iterator[Cluster]:
-    """A coordinator and nodes on loopback, measured and idle, each granted as many cores as it may use threads."""
-    made = Cluster(folder)
+def running(
+    folder: Path,
+    nodes: Sequence[str] = NODES,
+    threads: int = 1,
+    cpus: Mapping[str, float] | None = None,
+    program: str = COORDINATOR,
+) -> Iterator[Cluster]:
+    """A coordinator and nodes on loopback, measured and idle, each granted as many cores as it may use threads, or as
+    `cpus` says by its name. `program`: the module that starts the coordinator."""
+    made = Cluster(folder, program=program)
     try:
         made.start_coordinator()
         for name in nodes:
-            made.start_node(name, threads, MEMORY)
+            made.start_node(name, (cpus or {}).get(name, threads), MEMORY)
         if nodes:
             made.wait_ready(len(nodes), 300.0)
         yield made
@@ -40,14 +49,22 @@ def running(folder: Path, nodes: Sequence[str] = NODES, threads: int = 1) -> Ite
         made.close()
 
 
-def run_job(cluster: Cluster, written: Written) -> dict[str, Any]:
-    """`hive submit --wait`, and report.json. Raises AssertionError when the job did not succeed.
+def run_job(cluster: Cluster, written: Written, *sets: str) -> dict[str, Any]:
+    """`hive submit --wait`, and report.json. Raises AssertionError when the job did not succeed. `sets`: KEY=VALUE.
 
     One client from submission to end: the start of a second one would load the machine while the job is timed.
     """
-    job_id = str(cluster.ask("submit", str(written.job), "--wait", deadline_s=JOB_DEADLINE_S)["job"]["id"])
+    flags = [part for each in sets for part in ("--set", each)]
+    answer = cluster.ask("submit", str(written.job), "--wait", *flags, deadline_s=JOB_DEADLINE_S)
+    job_id = str(answer["job"]["id"])
     report: dict[str, Any] = json.loads(cluster.artifact(job_id, "report.json").read_text())
     return report
+
+
+def run_timed(cluster: Cluster, written: Written, *sets: str) -> Run:
+    """As run_job; the steps of the job beside what was predicted of them."""
+    report = run_job(cluster, written, *sets)
+    return run_of(report, metrics(cluster, report["job"]["id"]))
 
 
 def finished(cluster: Cluster, job_id: str) -> dict[str, Any]:
@@ -90,8 +107,12 @@ def plain_loop(written: Written, threads: int) -> dict[str, Any]:
 
 
 def torchrun_ddp(written: Written, ranks: int, threads: int) -> dict[str, Any]:
-    """With `begun`: the Unix time at which torchrun was started."""
+    return torchrun("torchrun_ddp.py", written, ranks, threads)
+
+
+def torchrun(script: str, written: Written, ranks: int, threads: int, *arguments: str) -> dict[str, Any]:
+    """A peer's script on so many ranks. With `begun`: the Unix time at which torchrun was started."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", str(ranks), str(PEERS / "torchrun_ddp.py"), str(written.peer), str(threads)]
+    command += ["--nproc-per-node", str(ranks), str(PEERS / script), str(written.peer), str(threads), *arguments]
     begun = time.time()
     return run_peer(command, threads) | {"begun": begun}

@@ -14,7 +14,8 @@ from bench.cluster import NODES, loop_samples_per_s, plain_loop, run_job, torchr
 from bench.paired import Round, compare
 from bench.report import Bound, Figure, Finding, Gate, ratio_figures
 from bench.stage import Stage
-from bench.workloads import DIGITS_CNN, GPT_10M, Written, write
+from bench.workloads import DIGITS_CNN, GPT_10M, Workload, Written, write
+from tests.e2e.cluster import Cluster
 
 GATE = Gate(Bound.AT_LEAST, 0.97)
 QUICK_STEPS = {DIGITS_CNN.name: 200, GPT_10M.name: 3}
@@ -40,21 +41,28 @@ def _against(stage: Stage, strategy: str, nodes: tuple[str, ...], ranks: int, pe
         steps = QUICK_STEPS[workload.name] if stage.quick else workload.steps
         sized = replace(workload, batch=workload.batch * ranks, steps=steps)
         written = write(sized, strategy, nodes, stage.subfolder("jobs"))
-        rounds, runs = _rounds(stage, written, peer)
-        found = compare(rounds, stage.seed)
-        figures += ratio_figures(workload.name, found, GATE)
-        step_ms = 1e3 * written.workload.batch / max(max(each.before, each.after) for each in rounds)
-        figures.append(Figure(f"{workload.name}: peer's best step", step_ms, "ms"))
+        rounds, runs = interleaved(stage, stage.cluster(), written, peer)
+        figures += compared(stage, workload.name, sized, rounds, GATE)
         detail[workload.name] = runs
     return Finding(strategy, tuple(figures), detail)
 
 
-def _rounds(stage: Stage, written: Written, peer: Peer) -> tuple[list[Round], list[dict[str, Any]]]:
+def compared(stage: Stage, name: str, workload: Workload, rounds: list[Round], gate: Gate | None) -> list[Figure]:
+    """The ratio, its control, and what the peer's step took."""
+    step_ms = 1e3 * workload.batch / max(max(each.before, each.after) for each in rounds)
+    ratios = ratio_figures(name, compare(rounds, stage.seed), gate)
+    return [*ratios, Figure(f"{name}: peer's best step", step_ms, "ms")]
+
+
+def interleaved(
+    stage: Stage, cluster: Cluster, written: Written, peer: Peer
+) -> tuple[list[Round], list[dict[str, Any]]]:
+    """Peer, hive, peer, as often as the stage asks; samples/s, and everything of each run."""
     rounds, runs = [], []
-    run_job(stage.cluster(), written)  # the first job starts the warm parent, which imports torch
+    run_job(cluster, written)  # the first job starts the warm parent, which imports torch
     for number in range(stage.rounds):
         before = peer(written)
-        report = run_job(stage.cluster(), written)
+        report = run_job(cluster, written)
         after = peer(written)
         rounds.append(Round(_rate(before), loop_samples_per_s(report), _rate(after)))
         runs.append({"before": before, "after": after, "hive": _of_report(report), "ratio": rounds[-1].ratio})

@@ -1,7 +1,7 @@
 """The fixed workloads: one description from which both the hive job and the peers' script read the same thing.
 
 Owns sizes, so that figures of different days compare. The data are made here once per run, from scikit-learn's digits
-and from the source of Python's standard library; models are those of examples/.
+and from the source of Python's standard library; models are those of examples/ and of this folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-3
 SEQUENCE = 64
 TEXT_BYTES = 800_000
@@ -23,13 +23,13 @@ TEXT_BYTES = 800_000
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`batch` is the global one; `function` builds the model from `args` and lies in examples/FOLDER/model.py."""
+    """`batch` is the global one; `function` builds the model from `args` and lies in FOLDER/model.py."""
 
     name: str
     folder: str
     function: str
     args: Mapping[str, Any]
-    data: str  # digits | text
+    data: str  # digits (images) | rows (the same, flat) | text
     batch: int
     steps: int
 
@@ -37,10 +37,10 @@ class Workload:
         return replace(self, steps=steps)
 
 
-DIGITS_CNN = Workload("digits CNN", "digits", "cnn", {"channels": 16}, "digits", batch=64, steps=4000)
+DIGITS_CNN = Workload("digits CNN", "examples/digits", "cnn", {"channels": 16}, "digits", batch=64, steps=4000)
 GPT_10M = Workload(
     "GPT 10 M",
-    "textlm",
+    "examples/textlm",
     "gpt",
     {"width": 320, "layers": 8, "heads": 5, "context": SEQUENCE},
     "text",
@@ -58,18 +58,28 @@ class Written:
     peer: Path
 
 
-def write(workload: Workload, strategy: str, nodes: tuple[str, ...], root: Path) -> Written:
-    """`strategy` and `nodes` are forced: a benchmark measures one decomposition, not the choice."""
-    folder = root / f"{workload.data}-{strategy}-{workload.steps}"
+Strategy = str | Mapping[str, Mapping[str, Any]]
+"""As a job file names it: a name, or a name with its options."""
+
+
+def write(workload: Workload, strategy: Strategy, nodes: tuple[str, ...], root: Path, label: str = "") -> Written:
+    """`strategy` and `nodes` are forced: a benchmark measures one decomposition, not the choice.
+
+    `label` ends the job's name and keeps the files of jobs apart that differ in what is not named here.
+    """
+    named = strategy if isinstance(strategy, str) else next(iter(strategy))
+    parts = (workload.data, workload.function, named, str(workload.steps), *((label,) if label else ()))
+    folder = root / "-".join(parts)
     folder.mkdir(parents=True, exist_ok=True)
-    code = (EXAMPLES / workload.folder / "model.py").read_text()
+    code = (ROOT / workload.folder / "model.py").read_text()
     (folder / "model.py").write_text(f"{code}\n\nsample = None  # nobody reads what a benchmark writes\n")
-    source = _digits(folder) if workload.data == "digits" else _text(folder)
+    text = workload.data == "text"
+    source = _text(folder) if text else _digits(folder, flat=workload.data == "rows")
     data: dict[str, Any] = {"source": source.name}
-    data |= {"features": "x", "target": "y"} if workload.data == "digits" else {"sequence_length": SEQUENCE}
-    loss = "cross_entropy" if workload.data == "digits" else "causal_lm"
+    data |= {"sequence_length": SEQUENCE} if text else {"features": "x", "target": "y"}
+    loss = "causal_lm" if text else "cross_entropy"
     job = {
-        "name": f"bench-{workload.data}",
+        "name": "-".join(("bench", workload.data, *((label,) if label else ()))),
         "model": {"source": f"model.py:{workload.function}", "args": dict(workload.args)},
         "data": data,
         "train": {
@@ -101,12 +111,13 @@ def write(workload: Workload, strategy: str, nodes: tuple[str, ...], root: Path)
     return written
 
 
-def _digits(folder: Path) -> Path:
+def _digits(folder: Path, flat: bool) -> Path:
     from sklearn.datasets import load_digits  # seconds to import: only where it is needed
 
     images, labels = load_digits(return_X_y=True)
     path = folder / "digits.npz"
-    np.savez(path, x=(images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8), y=labels.astype(np.int64))
+    pixels = (images / 16.0).astype(np.float32).reshape(-1, *((64,) if flat else (1, 8, 8)))
+    np.savez(path, x=pixels, y=labels.astype(np.int64))
     return path
 
 

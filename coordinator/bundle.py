@@ -17,6 +17,7 @@ from protos.artifact import FileEntry, Manifest, check_manifest, digest_file
 from protos.errors import ErrorCode, SpecError
 from protos.ids import Digest
 from protos.jobspec import JobSpec, entry_point
+from strategies import hugging_face
 from strategies.data import source
 
 HashProgress = Callable[[int, int], None]  # bytes hashed, bytes to hash
@@ -73,15 +74,24 @@ def bundle(spec: JobSpec, folder: Path, progress: HashProgress = lambda done, to
 
 
 def _weights_files(spec: JobSpec, folder: Path) -> dict[str, Path] | None:
-    """The weights to start from, or the model file itself when the model is a file."""
+    """The weights to start from, or the model itself when it is a file or a Hugging Face directory."""
     weights = spec.model.weights
     if entry_point(spec.model.source):
         return _listed(folder / Path(weights).expanduser(), "model.weights") if weights else None
+    model = folder / Path(spec.model.source).expanduser()
+    if model.is_dir() and (model / hugging_face.CONFIG_FILE).is_file():
+        return hugging_face.travelling_files(model, weights)
     if weights:
         raise SpecError(
             "model.weights: only for a model that is Python source", "a model file brings its own weights: remove it"
         )
-    return _listed(folder / Path(spec.model.source).expanduser(), "model.source")
+    if model.is_dir():
+        raise SpecError(
+            f"model.source: {model} has no {hugging_face.CONFIG_FILE}",
+            "name a Hugging Face directory, a model file, or FILE.py:FUNCTION",
+            code=ErrorCode.MODEL_UNUSABLE,
+        )
+    return _listed(model, "model.source")
 
 
 def _listed(path: Path | None, field_name: str) -> dict[str, Path] | None:

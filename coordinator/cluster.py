@@ -7,13 +7,13 @@ sees the cost of TLS and of Python, not the link, and what gloo reaches over loo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from coordinator.control.state import NodeStatus
 from coordinator.sessions import Sessions
 from protos.capacity import Capacity
 from protos.ids import NodeId
-from protos.plan import ClusterView, NodeView
+from protos.plan import ClusterView, Learned, NodeView
 from protos.states import Activity, Eligibility, NodeLink
 from strategies.links import LOOPBACK
 
@@ -65,18 +65,21 @@ def _doing(node: NodeStatus) -> str:
     return node.reason or node.activity.value.lower()
 
 
-def cluster_view(sessions: Sessions, among: Collection[NodeId]) -> ClusterView:
-    """The connected nodes of `among`, taken as idle: who is busy is the scheduler's question, not the planner's."""
+def cluster_view(sessions: Sessions, among: Collection[NodeId], learned: Learned | None = None) -> ClusterView:
+    """The connected nodes of `among`, taken as idle: who is busy is the scheduler's question, not the planner's.
+
+    `learned`: what finished jobs have taught about them."""
     here = [sessions[node_id] for node_id in sorted(among) if node_id in sessions]
     ids = {each.node_id for each in here}
     links = {pair: link for pair, link in sessions.links.items() if ids.issuperset(pair) and link.network != LOOPBACK}
-    return ClusterView(tuple(_idle(each.node_id, each.name, each.capacity) for each in here), links)
+    nodes = tuple(_idle(each.node_id, each.name, each.capacity) for each in here)
+    return ClusterView(nodes, links, learned or Learned())
 
 
 def once_back(view: ClusterView, away: Iterable[Away]) -> ClusterView:
     """The same with the members that take no work now, as they were when they were last here."""
     known = [_idle(each.node_id, each.name, each.capacity) for each in away if each.capacity is not None]
-    return ClusterView((*view.nodes, *known), view.links)
+    return replace(view, nodes=(*view.nodes, *known))
 
 
 def _idle(node_id: NodeId, name: str, capacity: Capacity) -> NodeView:

@@ -16,12 +16,14 @@ from coordinator.identify.confine import identify_file, usable_as_weights
 from coordinator.sessions import Session, Sessions
 from coordinator.submission import Submission
 from protos import documents
+from protos.artifact import Manifest
 from protos.errors import Blame, ErrorCode, HiveError, SpecError, Unreachable
 from protos.ids import Digest, JobId, NodeId
 from protos.jobspec import entry_point
 from protos.plan import Identification
 from protos.states import Reason
 from protos.work import Fault, TaskKind
+from strategies.hugging_face import CONFIG_FILE
 
 _REMEMBERED = 256
 BUILD_S = 60.0  # for the user's own code: importing it, opening the data, building the model
@@ -54,6 +56,10 @@ class Identifier:
         spec = submission.spec
         if submission.weights is None:
             return
+        names = {file.path for file in submission.weights.files}
+        if not entry_point(spec.model.source) and CONFIG_FILE in names:
+            await self._check_directory(submission.weights)
+            return
         profile = await identify_file(self._blob(submission.weights.files[0].digest))
         if entry_point(spec.model.source):
             if not usable_as_weights(profile):
@@ -66,6 +72,20 @@ class Identifier:
         if not profile.trainable:
             message = f"{spec.model.source} is {profile.format} ({profile.family}, {profile.parameters:,} parameters)"
             raise SpecError(f"{message}: it cannot be trained as it is", profile.why_not, code=ErrorCode.MODEL_UNUSABLE)
+
+    async def _check_directory(self, files: Manifest) -> None:
+        """The configuration, and that weights are what their names say: a node reads nothing else of them."""
+        for file in files.files:
+            if file.path == CONFIG_FILE:
+                await identify_file(self._blob(file.digest))
+            elif file.path.endswith(".safetensors"):
+                profile = await identify_file(self._blob(file.digest))
+                if profile.format != "safetensors":
+                    raise SpecError(
+                        f"model.source: {file.path} is {profile.format}, not safetensors",
+                        "fetch the directory again",
+                        code=ErrorCode.MODEL_UNUSABLE,
+                    )
 
     async def identify(
         self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str = "no node has joined"
@@ -100,10 +120,10 @@ class Identifier:
                 found = _understood(outcome.document)
                 self._remember(key, found, session)
                 return found
-            if outcome.fault is not None and (not outcome.fault.retryable or self._again(key, outcome.fault)):
+            if outcome.fault is not None and outcome.fault.lacking:
+                unfit.append(outcome.fault)  # that node lacks the data, or a package: the next may have them
+            elif outcome.fault is not None and (not outcome.fault.retryable or self._again(key, outcome.fault)):
                 raise _refusal(_the_models_doing(outcome.fault))
-            if outcome.fault is not None and outcome.fault.reason is Reason.DATA_UNUSABLE:
-                unfit.append(outcome.fault)  # that node lacks the data: the next may have them
             trouble = outcome.fault.message if outcome.fault else "the node answered nothing"
         if unfit and len(unfit) == len(nodes):
             raise _refusal(unfit[0])

@@ -87,7 +87,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         if node_id in state.busy() and activity is Activity.IDLE:
             activity = Activity.BUSY
         view = NodeView(node_id, status.name, capacity or _UNKNOWN, status.link, status.eligibility, activity, reason)
-        return views.node(view, capacity)
+        return views.node(view, capacity, self.placement.learned_of(node_id))
 
     async def ControlNode(self, request: jobs_pb2.NodeControlRequest, context: Any) -> jobs_pb2.Document:
         node_id = self._find_node(request.node_id)
@@ -124,7 +124,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             why, hint = nobody(self.controller.state.nodes.values())
             raise NoPlacement(f"there is nothing to plan with: {why}", hint)
         found = await self.identifier.identify(submission, JobId("plan"), nodes)
-        return _answer(**views.plan(self.placement.plan_now(submission, found, nodes), found, _LAYERS_SHOWN))
+        made = self.placement.plan_now(submission, found, nodes)
+        return _answer(**views.plan(made, found, _LAYERS_SHOWN, self._names()))
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
         key = request.idempotency_key
@@ -238,7 +239,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         plan = documents.decode(Plan, record.plan_json)
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
-        content = views.plan(plan, found, _LAYERS_SHOWN)
+        content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
         return _answer(**content, measured=result.get("measured"), job=self._job(record, seq))
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from coordinator.speeds import Speeds, lesson
 from coordinator.store.protocol import Store
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
@@ -52,6 +53,7 @@ class Measured:
     step_s: float
     startup_s: float
     evaluation_included: bool = False  # in step_s, because it was taken from the whole loop
+    usages: tuple[tuple[int, Usage], ...] = ()  # by rank
 
 
 def median_step_s(metrics: Sequence[Metrics]) -> float | None:
@@ -65,9 +67,15 @@ def median_step_s(metrics: Sequence[Metrics]) -> float | None:
 
 
 def measure(
-    usages: Sequence[Usage], metrics: Sequence[Metrics] = (), *, finished: bool = True, generations: int = 1
+    usages: Sequence[Usage],
+    metrics: Sequence[Metrics] = (),
+    *,
+    finished: bool = True,
+    generations: int = 1,
+    ranks: Sequence[int] = (),
 ) -> Measured:
-    """From the last generation's usages, one per rank, and rank 0's records when there are any: the slowest counts."""
+    """From the last generation's usages, one per rank, and rank 0's records when there are any: the slowest counts.
+    `ranks`: whose the usages are."""
     by_records = median_step_s(metrics)
     by_loop = max((usage.seconds / usage.steps for usage in usages if usage.steps), default=0.0)
     return Measured(
@@ -77,6 +85,7 @@ def measure(
         by_loop if by_records is None else by_records,
         max((usage.startup_s for usage in usages), default=0.0),
         evaluation_included=by_records is None,
+        usages=tuple(zip(ranks, usages, strict=True)) if ranks else (),
     )
 
 
@@ -153,6 +162,7 @@ def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
         "counted": not why,
         "why": why,
         "cost_model_version": COST_MODEL_VERSION,
+        **({} if why else lesson(plan, measured.usages, measured.step_s)),
     }
 
 
@@ -163,7 +173,8 @@ def _expected_loss_s(plan: Plan) -> float:
 
 
 class Learner:
-    """Holds the table and the exploration ledger; one per coordinator. `notes` says where it started from, `problem`
+    """Holds the table, the exploration ledger and the learned speeds; one per coordinator. The speeds have no snapshot:
+    they are read from the log's outcomes when it starts. `notes` says where it started from, `problem`
     why the last snapshot is not on the disk."""
 
     def __init__(self, path: Path, prior: Prior | None = None) -> None:
@@ -172,6 +183,8 @@ class Learner:
         self._lock = asyncio.Lock()
         self.table: QTable = self._prior.table()
         self.ledger = Ledger()
+        self.speeds = Speeds()
+        self._speeds_seq = 0  # of the last outcome that the speeds have seen
         self.problem = ""
         loaded = snapshot.load(path)
         self.notes = loaded.reason
@@ -233,6 +246,7 @@ class Learner:
         another database, and the log wins. A full disk does not raise: `problem` says so, and the log has it all.
         """
         async with self._lock:
+            await self._catch_up_speeds(store)
             if last_seq := self.table.last_seq:
                 found = await store.events(last_seq - 1, None, KINDS, 1)
                 if not found or found[0].seq != last_seq:
@@ -250,6 +264,15 @@ class Learner:
                 except OSError as error:
                     self.problem = f"the snapshot could not be written: {error}"
             return read
+
+    async def _catch_up_speeds(self, store: Store) -> None:
+        while page := await store.events(self._speeds_seq, None, (OUTCOME,), _PAGE):
+            for event in page:
+                self._speeds_seq = event.seq
+                try:
+                    self.speeds.apply(json.loads(event.payload_json))
+                except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                    self.notes += f"; outcome {event.seq} taught no speed: {type(error).__name__}: {error}"
 
 
 def _key(state: Sequence[int]) -> StateKey:

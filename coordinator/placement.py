@@ -58,6 +58,10 @@ class Placement:
     def known(self, job_id: JobId) -> Known | None:
         return self._jobs.get(job_id)
 
+    def learned_of(self, node_id: NodeId) -> dict[str, object]:
+        """What finished jobs have taught about a node, for people."""
+        return self._learner.speeds.of_node(node_id)
+
     def forget(self, job_id: JobId) -> None:
         self._jobs.pop(job_id, None)
         self._refused.pop(job_id, None)
@@ -66,7 +70,7 @@ class Placement:
         """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement."""
         if not nodes:
             raise NoPlacement(*self._nobody())
-        view = cluster_view(self._sessions, nodes)
+        view = cluster_view(self._sessions, nodes, self._learner.speeds.learned())
         learner, spec = self._learner, submission.spec
         made = planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
         return replace(made, spares=planner.spare_plans(made, spec, found.profile, found.data, view))
@@ -110,13 +114,13 @@ class Placement:
         previous: str | None,
     ) -> Plan | Unplaced:
         spec, found, learner = known.submission.spec, known.found, self._learner
-        view = cluster_view(self._sessions, idle)
+        view = cluster_view(self._sessions, idle, learner.speeds.learned())
         try:
             if previous is not None:
                 return planner.replan(previous, spec, found.profile, found.data, view, learner.table, holders=holders)
             return planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
         except NoPlacement as error:
-            everyone = cluster_view(self._sessions, willing)
+            everyone = cluster_view(self._sessions, willing, learner.speeds.learned())
             if len(idle) < len(willing) and planner.placeable_when_idle(spec, found.profile, found.data, everyone):
                 return Unplaced(
                     "waits for nodes that are busy with earlier jobs", "", False, Reason.WAITING_FOR_BUSY_NODES

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coordinator import learning
+from coordinator.comparison import compare
 from coordinator.control.state import JobView
 from coordinator.records import Attempt, Job
 from coordinator.store.protocol import AppendEvent, Write
@@ -49,10 +50,11 @@ async def conclude(
     """
     decoded = [(row, documents.decode(Outcome, row.outcome_json)) for row in attempts if row.outcome_json]
     last = [outcome for row, outcome in decoded if row.fence == view.fence]
+    used = [(row, outcome.usage) for row, outcome in decoded if row.fence == view.fence and outcome.usage is not None]
     first = next((outcome for row, outcome in decoded if row.fence == view.fence and row.rank == 0), None)
     artifacts = list(first.artifacts) if first and first.state is AttemptState.DONE else []
     final = dict(first.metrics) if first else {}
-    usages = [outcome.usage for outcome in last if outcome.usage is not None]
+    usages = [usage for _, usage in used]
     writes: list[Write] = []
     measured: dict[str, Any] | None = None
     if view.plan is not None and usages:
@@ -61,6 +63,7 @@ async def conclude(
             [_metrics(line) for line in metrics],
             finished=view.state is JobState.SUCCEEDED,
             generations=int(view.fence),
+            ranks=[row.rank for row, _ in used],
         )
         outcome = learning.outcome_payload(view.plan, seen)
         writes.append(AppendEvent(learning.OUTCOME, record.job_id, None, outcome))
@@ -72,6 +75,7 @@ async def conclude(
             "reward": outcome["reward"],
             "counted": outcome["counted"],
             "why": outcome["why"],
+            "nodes": compare(view.plan, [(row.rank, usage) for row, usage in used], names, seen.step_s),
         }
     if metrics:
         lines = b"".join(plain_json(line) + b"\n" for line in metrics)
@@ -140,6 +144,7 @@ def _report(
         "measured": measured,
         "nodes": {
             name: {
+                **((measured or {}).get("nodes") or {}).get(name, {"predicted": None, "measured": None}),
                 "samples": sum(usage.samples for _, usage in used),
                 "steps": _steps(used),
                 "bytes_sent": sum(usage.bytes_sent for _, usage in used),

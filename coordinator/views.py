@@ -62,7 +62,10 @@ def _finite(content: Any) -> Any:
             return content
 
 
-def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, Any]:
+def node(
+    view: NodeView | NodeStatus, capacity: Capacity | None, learned: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`learned`: how many times longer than measured at joining it takes, by family and kind of work."""
     activity = view.activity.value
     bandwidth = capacity.bandwidth_bytes_per_s if capacity else None
     return {
@@ -75,6 +78,7 @@ def node(view: NodeView | NodeStatus, capacity: Capacity | None) -> dict[str, An
         "capacity": documents.plain(capacity) if capacity else None,
         "rtt_s": capacity.rtt_s if capacity else None,
         "bandwidth_mbps": None if bandwidth is None else bandwidth * 8 / 1e6,
+        "learned": dict(learned or {}),
     }
 
 
@@ -92,9 +96,12 @@ def links(measured: Mapping[tuple[NodeId, NodeId], LinkEstimate]) -> list[dict[s
     ]
 
 
-def plan(made: Plan, found: Identification | None, layers: int) -> dict[str, Any]:
-    """At most so many layers: a model of thousands must still fit into one message."""
+def plan(made: Plan, found: Identification | None, layers: int, names: Mapping[str, str]) -> dict[str, Any]:
+    """At most so many layers: a model of thousands must still fit into one message. `names`: node id -> name."""
+    used = {node_id for each in made.candidates for node_id in each.nodes}
+    used |= {subtask.node_id for subtask in made.subtasks}
     content: dict[str, Any] = {"plan": documents.plain(made)}
+    content["names"] = {node_id: names[node_id] for node_id in sorted(used) if node_id in names}
     if found is not None:
         content["model"] = model(found, layers)
         content["data"] = documents.plain(found.data)

@@ -115,6 +115,23 @@ def plausible(calibration: Calibration) -> bool:
     )
 
 
+def under_cap(calibration: Calibration, share: float) -> Calibration:
+    """The same where threads run only for a `share` (0..1] of the time."""
+
+    def slowed(rate: Rate) -> Rate:
+        return replace(rate, best=rate.best * share, p50=rate.p50 * share)
+
+    return replace(
+        calibration,
+        flops={name: slowed(rate) for name, rate in calibration.flops.items()},
+        memory_bandwidth=slowed(calibration.memory_bandwidth),
+        families={
+            name: replace(family, flops=family.flops * share, overhead_s=family.overhead_s / share)
+            for name, family in calibration.families.items()
+        },
+    )
+
+
 def merge(old: Calibration, new: Calibration) -> Calibration:
     """Best of both, medians of the latest run; the spread also covers how far the two medians lie apart."""
     flops = {name: _merge_rate(old.flops.get(name), rate) for name, rate in new.flops.items()}

@@ -29,8 +29,17 @@ async def calibrate_machine(
                 if outcome.fault is not None or not outcome.document:
                     fault = outcome.fault
                     raise HiveError(*(fault.message, fault.hint) if fault else ("the measurement answered nothing",))
-                kept = cache.store(digest, documents.decode(Calibration, outcome.document))
+                measured = documents.decode(Calibration, outcome.document)
+                kept = cache.store(digest, calibrate.under_cap(measured, _share(capacity, threads, device)))
     return kept
+
+
+def _share(capacity: Capacity, threads: int, device: str) -> float:
+    """Of the time that a worker's threads may run. The worker measures in CPU time: a cap makes that stand still, so
+    does whatever else the machine does meanwhile, and that is no slowness of this node."""
+    if device != "cpu" or capacity.cpu_mechanism == "none":
+        return 1.0
+    return min(1.0, capacity.cores / max(threads, 1))
 
 
 def _task() -> Task:

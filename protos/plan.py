@@ -32,12 +32,44 @@ class NodeView:
         return self.link is NodeLink.CONNECTED and self.eligibility is Eligibility.OK and self.activity is Activity.IDLE
 
 
+class Work(StrEnum):
+    """How a rank works on a model. What is learned of one kind says little about another."""
+
+    WHOLE = "whole"
+    STAGE = "stage"
+    SHARD = "shard"
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """On predicted seconds: of what grows with samples and parameters, and of what every micro-batch costs anyway."""
+
+    work: float = 1.0
+    overhead: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What finished jobs have taught about predictions; empty is nothing.
+
+    `speeds`: by node, family of layers and kind of work; `models`: by node, model and kind of work, better known where
+    it exists; `networks`: factor on the time of transfers, by network and kind of work; `steps`: seconds of a step that
+    was measured, by the whole combination of job and placement.
+    """
+
+    speeds: Mapping[tuple[NodeId, str, Work], Factors] = field(default_factory=dict)
+    models: Mapping[tuple[NodeId, str, Work], float] = field(default_factory=dict)
+    networks: Mapping[tuple[str, Work], float] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterView:
     """Members and the links between pairs; a pair is stored once under the sorted ids."""
 
     nodes: tuple[NodeView, ...]
     links: Mapping[tuple[NodeId, NodeId], LinkEstimate] = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
 
     def link(self, a: NodeId, b: NodeId) -> LinkEstimate | None:
         return self.links.get((min(a, b), max(a, b)))
@@ -67,6 +99,31 @@ class Identification:
 
 
 @dataclass(frozen=True, slots=True)
+class RankCost:
+    """Predicted for one rank and one step: `compute_s` of passes and optimizer without waiting for other ranks, of it
+    `overhead_s` whatever the number of samples, and what it sends. `learned` has gone into both times."""
+
+    node_id: NodeId
+    compute_s: float
+    overhead_s: float
+    sent_bytes: float
+    family: str = ""  # of layers, in which it spends most of the time
+    learned: Factors = Factors()
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Under which keys what comes of a prediction is learned. `modelled_step_s` is that of the formulas; a step of the
+    same combination that was measured before stands in its place."""
+
+    work: Work
+    model: str
+    combination: str
+    modelled_step_s: float
+    remembered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CostEstimate:
     """Predicted cost of one plan. Times s, sizes bytes. `terms` names the parts of step_s (compute, sync, codec...)."""
 
@@ -75,6 +132,8 @@ class CostEstimate:
     bytes_per_step: float
     memory_bytes: Mapping[NodeId, int]
     terms: Mapping[str, float] = field(default_factory=dict)
+    ranks: tuple[RankCost, ...] = ()
+    basis: Basis | None = None
 
     @property
     def peak_memory_bytes(self) -> int:

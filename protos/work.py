@@ -113,6 +113,12 @@ class Fault:
     retryable: bool = False
     last_lines: tuple[str, ...] = ()
 
+    @property
+    def lacking(self) -> bool:
+        """Whether another node may have what this one has not: the job's data, or a package that its model needs."""
+        lacks_package = self.reason is Reason.MODEL_UNUSABLE and self.blame is Blame.NODE
+        return self.retryable and (self.reason is Reason.DATA_UNUSABLE or lacks_package)
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -128,6 +134,9 @@ class Usage:
     startup_s: float = 0.0
     baseline_memory_bytes: int = 0  # before the model was built: what the libraries take
     holds: tuple[str, ...] = ()  # layers this rank held, when it was not all of them
+    step_compute_s: float = 0.0  # of one step (median): passes and optimizer, without waiting for other ranks
+    step_sync_s: float = 0.0  # of one step (median): waiting for other ranks
+    step_bytes_sent: int = 0  # of one step (median)
 
 
 @dataclass(frozen=True, slots=True)

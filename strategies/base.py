@@ -26,6 +26,7 @@ from protos.plan import (
     Placement,
     PlannedSubtask,
 )
+from strategies import learned
 
 NOT_BUILT = "not built yet"
 
@@ -46,9 +47,12 @@ class Inputs:
     _answers: dict[StrategyName, Answer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def answer(self, strategy: StrategyName, compute: Callable[[Inputs], Answer]) -> Answer:
-        """What a strategy says to this question, worked out once: `feasible` and `estimate` both need all of it."""
+        """What a strategy says to this question, worked out once: `feasible` and `estimate` both need all of it. It is
+        asked with the rates that finished jobs have taught."""
         if strategy not in self._answers:
-            self._answers[strategy] = compute(self)
+            answer = compute(learned.corrected(self, strategy))
+            known = answer if isinstance(answer, tuple) else learned.remembered(self, strategy, answer)
+            self._answers[strategy] = known
         return self._answers[strategy]
 
     def options(self, strategy: StrategyName) -> StrategyOptions:

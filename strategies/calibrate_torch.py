@@ -1,9 +1,10 @@
-"""How fast this worker computes, measured under whatever caps are on it, in under four seconds.
+"""How fast this worker computes, in under four seconds of an idle machine.
 
 Owns the three measurements the cost model needs: matmul FLOP/s per dtype, memory bandwidth, and for each family of
-layers the sustained training speed and the fixed cost of a step. Every figure comes from windows of back-to-back work
-long enough to contain a cap's stalls, never from single operations; medians over windows that alternate between sizes
-keep a passing disturbance out. All figures are positive.
+layers the sustained training speed (forward, backward and optimizer) and the fixed cost of a step. Every figure comes
+from windows of back-to-back work, bounded by time, in CPU time, which other programs do not disturb; medians over
+windows that alternate between sizes keep the rest out. What a cap takes away is not in it: node/calibration_run.py
+knows the cap. All figures are positive.
 """
 
 from __future__ import annotations
@@ -193,16 +194,17 @@ def _rate(operation: Callable[[], object], amount: float, device: str, budget_s:
 
 
 def _window(operation: Callable[[], object], device: str, window_s: float) -> float:
-    """Seconds per operation over at least `window_s` of back-to-back work, at least one operation."""
+    """Seconds per operation, over at least `window_s` of back-to-back work, at least one operation."""
     _finish(device)
     count = 0
-    started = time.perf_counter()
+    now = time.perf_counter if device.startswith("cuda") else time.thread_time
+    began_s, ends = now(), time.perf_counter() + window_s
     while True:
         operation()
         _finish(device)  # each one: a GPU's queue would take far more work than fits in the window
         count += 1
-        if (elapsed := time.perf_counter() - started) >= window_s:
-            return elapsed / count
+        if time.perf_counter() >= ends:
+            return max(now() - began_s, 1e-9) / count
 
 
 def _finish(device: str) -> None:

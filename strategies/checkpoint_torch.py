@@ -211,7 +211,7 @@ def newest(root: Path, digest: str) -> Found:
 
 
 def stored(root: Path, digest: str) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
-    """Every usable checkpoint and part below `root`, newest first, and why others are not."""
+    """Usable checkpoints and parts below `root`, newest first, down to the first whole one; and why others are not."""
     found: list[Stored] = []
     skipped: list[str] = []
     for name, folder in _folders(root):
@@ -222,6 +222,9 @@ def stored(root: Path, digest: str) -> tuple[tuple[Stored, ...], tuple[str, ...]
                 skipped.append(f"{path.relative_to(root)}: {problem}")
             else:
                 found.append(Stored(each, path))
+        here = [each.name for each in found if each.folder == folder or each.folder.parent == folder]
+        if name.whole and here and len(here) == here[0].parts:
+            break  # complete: nothing older is of any use
     return tuple(found), tuple(skipped)
 
 

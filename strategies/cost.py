@@ -16,7 +16,7 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 2
+COST_MODEL_VERSION = 3
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time
@@ -28,6 +28,9 @@ GROUP_PER_RANK_S = 0.05
 CODEC_BYTES_PER_S = 2e9  # fp32 to fp16 or back, one thread
 FP16_PENALTY = 0.01  # of the compute time, for what rounding the gradients may cost in convergence
 EVALUATION_FACTOR = 1.0  # forward only
+COLLECTIVE_S = 2e-4  # of any collective: handed to gloo's threads and back
+PASS_BYTES = 12  # per parameter and pass, whatever its rows: weight read forward and backward, gradient written
+CALIBRATED_LAYERS = {"matmul": 5, "conv": 7, "rnn": 2, "embedding": 3, "tiny": 3}  # of strategies/calibrate_torch.py
 
 _UNMEASURED_FLOPS_PER_CORE = 4e9
 _UNMEASURED_OVERHEAD_S = 0.001
@@ -90,13 +93,16 @@ def family_rate(capacity: Capacity, family: str) -> FamilyRate:
 
 
 def speed(profile: ModelProfile, capacity: Capacity, train: TrainSpec) -> Speed:
-    """3 f / F summed over the families; the overhead of the family that takes most of the time."""
+    """3 f / F summed over the families. The overhead of a pass is what was measured for the family that takes most of
+    the time, for each layer beyond those that were measured as much again, and the weights that have to be read."""
     parts = {
         family: (TRAINING_FACTOR * flops / (rate := family_rate(capacity, family)).flops, rate.overhead_s)
         for family, flops in family_flops(profile).items()
     }
-    _, overhead_s = max(parts.values())
+    family = max(parts, key=lambda name: parts[name])
+    overhead_s = parts[family][1] * max(1.0, len(profile.layers) / CALIBRATED_LAYERS[family])
     total = sum(part for part, _ in parts.values())
+    overhead_s += weights_s(PASS_BYTES, profile.parameters, capacity)
     return Speed(overhead_s, max(total, 1e-12), optimizer_s(profile.parameters, capacity, train))
 
 
@@ -111,12 +117,26 @@ def layer_seconds(profile: ModelProfile, capacity: Capacity) -> tuple[float, ...
     )
 
 
+def layer_passes(profile: ModelProfile, capacity: Capacity) -> tuple[float, ...]:
+    """Of each layer: what one micro-batch costs in it whatever its rows. Its gradient is added to what others left."""
+    adding = PASS_BYTES + 12  # both are read, the sum is written
+    return tuple(
+        family_rate(capacity, family).overhead_s / CALIBRATED_LAYERS[family]
+        + weights_s(adding, layer.parameters, capacity)
+        for layer in profile.layers
+        for family in (layer_family(layer),)
+    )
+
+
+def weights_s(bytes_each: float, parameters: float, capacity: Capacity) -> float:
+    bandwidth = capacity.memory_bandwidth.p50 if capacity.memory_bandwidth else _UNMEASURED_MEMORY_BYTES_PER_S
+    return bytes_each * parameters / max(bandwidth, 1.0)
+
+
 def optimizer_s(parameters: float, capacity: Capacity, train: TrainSpec) -> float:
     """Adam reads weights, gradients and both moments and writes three of them: the optimizer moves its state twice less
     one gradient."""
-    moved = parameters * (2 * bytes_per_parameter(train.optimizer) - 4)
-    bandwidth = capacity.memory_bandwidth.p50 if capacity.memory_bandwidth else _UNMEASURED_MEMORY_BYTES_PER_S
-    return moved / max(bandwidth, 1.0)
+    return weights_s(2 * bytes_per_parameter(train.optimizer) - 4, parameters, capacity)
 
 
 def mix(compute_s: float, network_s: float, overlap: float = OVERLAP) -> float:
@@ -159,8 +179,8 @@ def synchronise(
 ) -> Sync:
     """`auto` takes fp16 only when AR(V) - AR(V/2) > codec time + statistical penalty."""
     volume = 4.0 * parameters
-    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s)
-    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s)
+    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s) + COLLECTIVE_S
+    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s) + COLLECTIVE_S
     codec_s = fp16_codec_s(volume)
     pays = plain_s - half_s > codec_s + FP16_PENALTY * compute_s
     if compression == "fp16" or (compression == "auto" and pays):

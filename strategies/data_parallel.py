@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos.jobspec import StrategyName
-from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask
+from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask, RankCost
 from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, placed_of, reasons_of, train_subtasks
 from strategies.cost import Speed
-from strategies.grouping import group_reasons, groups
-from strategies.links import Link, download_s, link_between, link_uses, ranks_of, ring_traffic
+from strategies.grouping import close_groups, group_reasons, groups
+from strategies.links import Link, download_s, link_between, link_uses, overlap_over, ranks_of, ring_traffic
 from strategies.memory import largest_micro_batch, worker_bytes
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.single_node import memory_reason, micro_batches
@@ -88,7 +88,7 @@ def _best(inputs: Inputs) -> PlacedEstimate | None:
     best: PlacedEstimate | None = None
     members = {node.node_id: _member(inputs, node) for node in inputs.eligible}
     holding = inputs.holding
-    for group in groups(inputs):
+    for group in close_groups(inputs):
         found = [member for node in group.nodes if (member := members[node.node_id]) for _ in range(ranks_of(node))]
         if holding and not any(member.node.node_id in holding for member in found):
             continue
@@ -136,7 +136,7 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
 def _on(
     inputs: Inputs, network: str, members: Sequence[_Member], samples: tuple[int, ...], link: Link
 ) -> PlacedEstimate:
-    """T = mix(max_i compute_i, AR(k, 4P / c) + codec) + optimizer, for the whole job with everything around it."""
+    """T = mix(max_i compute_i, AR(k, 4P / c) + codec; g) + optimizer, for the whole job with everything around it."""
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
     pieces = tuple(micro_batches(inputs, count, m.largest) for m, count in zip(members, samples, strict=True))
     shares = list(zip(members, samples, pieces, strict=True))
@@ -145,7 +145,7 @@ def _on(
     sync = cost.synchronise(
         len(members), profile.parameters, compute_s, link.rtt_s, link.bytes_per_s, inputs.spec.sync.compression
     )
-    overlapped_s = cost.mix(compute_s, sync.network_s + sync.codec_s)
+    overlapped_s = cost.mix(compute_s, sync.network_s + sync.codec_s, overlap_over(network))
     exposed_s, step_s = overlapped_s - compute_s, overlapped_s + optimizer_s
     startup_s = cost.startup_s(len(members))
     transfer_s = max(download_s(data.bytes, member.node) for member in members)
@@ -171,6 +171,15 @@ def _on(
             "transfer": transfer_s,
             "evaluation": evaluation_s,
         },
+        ranks=tuple(
+            RankCost(
+                member.node.node_id,
+                member.speed.step_s(count, micro),
+                micro * member.speed.overhead_s,
+                sync.bytes / len(members),
+            )
+            for member, count, micro in shares
+        ),
     )
     placements = tuple(
         Placement(rank, m.node.node_id, count, replica=rank) for rank, (m, count, _) in enumerate(shares)

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from protos.errors import ErrorCode, SpecError
 from strategies.codecs_torch import Codec, Plain
 from strategies.faults_torch import PeerLost
 from strategies.group_torch import Group, Pending
+from strategies.norm_statistics_torch import statistics_of
 from strategies.optimizer_torch import named_trainable
 from strategies.single_node_torch import Scales
 
@@ -228,12 +228,6 @@ def _kind(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device]:
 
 
 def _norms_of(model: nn.Module) -> _Norms:
-    norms = _Norms()
-    for module in model.modules():
-        if isinstance(module, _NormBase):
-            for tensor in module.buffers(recurse=False):
-                norms.all.append(tensor)
-                norms.committed.append(tensor.detach().clone())
-                if tensor.is_floating_point():
-                    norms.averaged.append(tensor)
-    return norms
+    buffers = statistics_of(model)
+    averaged = [buffer for buffer in buffers if buffer.is_floating_point()]
+    return _Norms(averaged, [], buffers, [buffer.detach().clone() for buffer in buffers])

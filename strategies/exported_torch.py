@@ -1,7 +1,7 @@
 """A model without its source: a torch.export file that trains.
 
 Owns reading the file, and the module made of it, whose `train()` and `eval()` set dropout, normalisation and recurrent
-layers as they would be set in the source. Refuses files exported for one batch size.
+layers as they would be set in the source. Refuses files exported for one batch size, and those that hold code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from protos.errors import ErrorCode, SpecError
@@ -33,7 +33,9 @@ def exported_module(path: Path) -> StageModule:
     training, evaluation = (CutPoints(trace_file(program, training=mode)) for mode in (True, False))
     traced, device = training.traced, torch.device("cpu")
     constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
-    module = StageModule(traced.everything, traced.same, {**program.state_dict, **constants}, traced.features, device)
+    held = {one.name: one for mode in (evaluation, training) for one in mode.traced.everything}  # each has constants
+    state = {**program.state_dict, **constants}
+    module = StageModule(tuple(held.values()), traced.same, state, traced.features, device)
     module.add_mode(whole(training), True, device)
     module.add_mode(whole(evaluation), True, device)
     return module
@@ -57,16 +59,28 @@ def trace_file(program: ExportedProgram, *, training: bool, precision: str = "fp
 
 
 def load_program(path: Path) -> ExportedProgram:
-    """A .pt2 file. Raises SpecError when it is none, or was exported for one batch size only."""
+    """A .pt2 file. Raises SpecError when it is none, holds code, or was exported for one batch size only."""
+    from torch.export.pt2_archive._package import load_pt2  # takes long to import, and few jobs need it
+
+    from strategies.exported_archive_torch import check_archive
+
     try:
         with quiet():
-            program = torch.export.load(path)
+            check_archive(path)
+            program = load_pt2(str(path)).exported_programs["model"]  # not torch.export.load: that falls back to pickle
+    except SpecError:
+        raise
     except Exception as error:
         raise SpecError(
             f"{path.name} cannot be read as a torch.export program: {first_line(error)}",
             "write it with torch.export.save, under a torch version that is not newer than this one",
             code=ErrorCode.MODEL_UNUSABLE,
         ) from None
+    state = program.state_dict
+    if not any(isinstance(value, nn.Parameter) and value.requires_grad for value in state.values()):
+        raise SpecError(
+            f"{path.name} holds no trainable parameters", "export the module that trains", code=ErrorCode.MODEL_UNUSABLE
+        )
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for name in program.graph_signature.user_inputs:
         if not isinstance(name, str) or not has_rows(placeholders[name]):

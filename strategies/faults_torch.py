@@ -61,7 +61,7 @@ def _fault_of_wrapped(error: BaseException, cause: BaseException, code_dir: Path
     if known:
         return known
     if isinstance(error, DataUnusable) and isinstance(cause, HiveError):
-        return _data_unusable(cause)
+        return _unusable(Reason.DATA_UNUSABLE, cause)
     return _user_code(cause, code_dir) or _hive_error(cause) or _raised_by_torch(error, cause)
 
 
@@ -113,8 +113,10 @@ def _known(error: BaseException) -> Fault | None:
 def _hive_error(error: BaseException) -> Fault | None:
     match error:
         case SpecError(code=ErrorCode.DATA_UNUSABLE):
-            return _data_unusable(error)
-        case SpecError(code=ErrorCode.MODEL_UNUSABLE | ErrorCode.UNSUPPORTED):
+            return _unusable(Reason.DATA_UNUSABLE, error)
+        case SpecError(code=ErrorCode.MODEL_UNUSABLE):
+            return _unusable(Reason.MODEL_UNUSABLE, error)
+        case SpecError(code=ErrorCode.UNSUPPORTED):
             return Fault(Reason.MODEL_UNUSABLE, error.blame or Blame.USER_CODE, error.message, error.hint)
         case SpecError():
             return Fault(Reason.USER_CODE, error.blame or Blame.USER_CODE, error.message, error.hint)
@@ -127,10 +129,10 @@ def _hive_error(error: BaseException) -> Fault | None:
     return None
 
 
-def _data_unusable(error: HiveError) -> Fault:
+def _unusable(reason: Reason, error: HiveError) -> Fault:
     """Retryable when it is the node's: another one may have the package, or the same data."""
     blame = error.blame or Blame.USER_CODE
-    return Fault(Reason.DATA_UNUSABLE, blame, error.message, error.hint, retryable=blame is Blame.NODE)
+    return Fault(reason, blame, error.message, error.hint, retryable=blame is Blame.NODE)
 
 
 def _user_code(error: BaseException, code_dir: Path | None) -> Fault | None:

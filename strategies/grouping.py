@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from strategies.base import Inputs
-from strategies.links import TrustedGroup, ranks_of, trusted_groups
+from strategies.links import TrustedGroup, joined_by_quick_links, ranks_of, trusted_groups
 
 
 def groups(inputs: Inputs) -> list[TrustedGroup]:
@@ -14,6 +14,19 @@ def groups(inputs: Inputs) -> list[TrustedGroup]:
         for group in trusted_groups(inputs.eligible)
         if len(group.nodes) >= inputs.spec.nodes.min
         and (not holding or any(node.node_id in holding for node in group.nodes))
+    ]
+
+
+def close_groups(inputs: Inputs) -> list[TrustedGroup]:
+    """The groups, and in each the nodes that are joined by quick links: one collective is as slow as its slowest link,
+    so a quick node behind a slow one would hold up all others."""
+    return [
+        TrustedGroup(group.network, members)
+        for group in groups(inputs)
+        for members in joined_by_quick_links(inputs.cluster, group.nodes)
+        if len(members) >= inputs.spec.nodes.min
+        and sum(map(ranks_of, members)) > 1
+        and (not inputs.holding or any(node.node_id in inputs.holding for node in members))
     ]
 
 

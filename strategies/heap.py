@@ -13,7 +13,8 @@ LARGE_BYTES = 256 * 1024
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops its growth
 
 
-def return_large_blocks() -> None:
-    """For this process, from now on. Does nothing where the C library has no such setting."""
+def return_large_blocks(at_least_bytes: int = LARGE_BYTES) -> None:
+    """For this process, from now on. Each such block costs fresh pages. Does nothing where the C library has no such
+    setting."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE_BYTES)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, at_least_bytes)

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from protos.errors import ErrorCode, SpecError
 from protos.jobspec import ModelSpec
 from strategies.faults_torch import UserCodeError
-from strategies.model_torch import EXPORTED_SUFFIX, build
+from strategies.model_torch import build_unloaded, prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,10 @@ def build_hollow(spec: ModelSpec, code_dir: Path | None, weights_path: Path | No
 
     A .pt2 file is the exception to taking no memory: torch reads the whole of it.
     """
+    prepare(spec, code_dir, weights_path)
     try:
         with _parameters_on_meta():
-            model = build(spec, code_dir, model_file(spec, weights_path), seed)
+            model = build_unloaded(spec, code_dir, weights_path, seed)
     except UserCodeError as error:
         cause = str(error.__cause__).strip().splitlines() or [type(error.__cause__).__name__]
         raise SpecError(
@@ -55,11 +56,6 @@ def build_hollow(spec: ModelSpec, code_dir: Path | None, weights_path: Path | No
             code=ErrorCode.MODEL_UNUSABLE,
         )
     return model
-
-
-def model_file(spec: ModelSpec, weights_path: Path | None) -> Path | None:
-    """The file in the place of weights when it is the model itself."""
-    return weights_path if spec.source.endswith(EXPORTED_SUFFIX) else None
 
 
 def named_tensors(model: nn.Module) -> Named:

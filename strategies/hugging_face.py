@@ -1,18 +1,18 @@
 """A model as a Hugging Face directory: which of its files travel, and which configurations are refused.
 
-Owns the names of the files and the rules for config.json; reads no weights and imports nothing of transformers. Refuses
-what brings its own code or would fetch some, quantised models, and weights that are pickles.
+Owns the names of the files and the rules for config.json; reads no weights, imports nothing of transformers and little
+else: the confined reader of strangers' files uses it. Refuses what brings its own code or would fetch some, quantised
+models, and weights that are pickles.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from protos.errors import ErrorCode, SpecError
-from protos.jobspec import ModelSpec, entry_point
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -27,20 +27,16 @@ _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_impleme
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
-def is_directory(spec: ModelSpec, names: Iterable[str]) -> bool:
-    """Whether a model that comes as files of these names is a Hugging Face directory."""
-    return entry_point(spec.source) is None and CONFIG_FILE in names
-
-
-def travelling_files(folder: Path, spec: ModelSpec) -> dict[str, Path]:
-    """Relative path -> file, of what a node needs. Raises SpecError for weights that are missing or pickled."""
-    if spec.weights not in (None, NO_WEIGHTS):
+def travelling_files(folder: Path, weights: str | None) -> dict[str, Path]:
+    """Relative path -> file, of what a node needs; `weights` is model.weights of the job. Raises SpecError for weights
+    that are missing or pickled."""
+    if weights not in (None, NO_WEIGHTS):
         raise _unusable(
             "model.weights: a Hugging Face directory brings its own weights",
             f"remove it to start from these, or give weights: {NO_WEIGHTS} to start from the seed",
         )
     names = [CONFIG_FILE, *([GENERATION_FILE] if (folder / GENERATION_FILE).is_file() else [])]
-    if spec.weights != NO_WEIGHTS:
+    if weights != NO_WEIGHTS:
         names += _weights(folder)
     for name in names:
         if not (folder / name).is_file():
@@ -57,7 +53,7 @@ def _weights(folder: Path) -> list[str]:
     if any(True for pattern in _PICKLES for _ in folder.glob(pattern)):
         raise _unusable(
             f"the weights in {folder} are pickled, and loading a pickle runs code: hive reads safetensors",
-            "convert them once where you trust them: python -c \"from transformers import AutoModel as M; "
+            'convert them once where you trust them: python -c "from transformers import AutoModel as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\", with the class of your task",
         )
     raise _unusable(

@@ -3,7 +3,7 @@
 Owns the import of transformers (seconds, so only when such a job comes), the configuration with the job's arguments in
 it, and which tensor of the directory belongs to which of the model, as from_pretrained finds it. Never runs code of the
 directory (no trust_remote_code), never asks a hub, reads safetensors only. Weights are computed in float32: precision
-is train.precision's. Outputs are tuples that start with the logits; a base model's with its last hidden state.
+is train.precision's. A model without logits (a base model) gives the loss its last hidden state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TASKS = {
     "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
     "base": "MODEL_MAPPING",
 }
-_OWN = {"return_dict": False, "use_cache": False}  # a cache of keys is for generating; a tuple starts with the logits
+_OWN = {"return_dict": True, "use_cache": False}  # a cache of keys is for generating
 _FIXED = ("dtype", "torch_dtype", "model_type", "architectures", *_OWN)
 _CODE = ErrorCode.MODEL_UNUSABLE
 
@@ -50,11 +50,12 @@ def library() -> ModuleType:
     except ImportError:
         raise SpecError(
             "the model is a Hugging Face directory and this node lacks transformers",
-            "on the node: pip install 'hive[hf]'; nodes that have it are asked first",
+            "on that node: pip install 'hive[hf]'; another node that has it is taken instead",
             code=_CODE,
             blame=Blame.NODE,
         ) from None
-    return transformers
+    module: ModuleType = transformers
+    return module
 
 
 def prepare(directory: Path, spec: ModelSpec) -> None:
@@ -72,7 +73,16 @@ def build(directory: Path, spec: ModelSpec, seed: int) -> nn.Module:
         model: nn.Module = architecture(config)
     except Exception as error:
         raise UserCodeError(f"building the model of {spec.source}") from error
+    model.register_forward_hook(_without_logits)
     return model
+
+
+def _without_logits(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+    """What the loss gets of an output that has no logits; other outputs stay as they are."""
+    if hasattr(output, "logits") or not hasattr(output, "last_hidden_state"):
+        return None
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def weights_file(directory: Path, spec: ModelSpec) -> Path | None:
@@ -149,21 +159,22 @@ def _architecture(config: Any, spec: ModelSpec) -> Callable[[Any], nn.Module]:
             f"give the task: model.args: {{task: sequence_classification}}, or one of {', '.join(TASKS)}",
             code=_CODE,
         )
-    if not isinstance(config, found.config_class or type(config)):
+    if not isinstance(config, getattr(found, "config_class", None) or type(config)):
         raise SpecError(
             f"{named} is not built from a {config.model_type} configuration", "correct architectures", code=_CODE
         )
-    return found
+    chosen: Callable[[Any], nn.Module] = found
+    return chosen
 
 
 def _of_task(transformers: ModuleType, config: Any, task: object) -> Callable[[Any], nn.Module]:
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, 1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise SpecError(
             f"model.args: task {str(task)[:80]!r} is not built{meant}", f"what works: {', '.join(TASKS)}", code=_CODE
         )
-    mapping = getattr(transformers, TASKS[str(task)])
+    mapping = getattr(transformers, TASKS[task])
     try:
         found = mapping[type(config)]
     except KeyError:
@@ -186,17 +197,22 @@ def readers(model: Any, weights: Weights, what: str) -> dict[str, Callable[[], T
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    computed = {name for name, _ in model.named_buffers()}  # also those that are not saved (any more)
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     found: dict[str, Callable[[], Tensor]] = {}
-    groups: dict[str, Any] = {}
+    pieces: dict[str, list[tuple[str, str]]] = {}
     unexpected: list[str] = []
+    prefix = model.base_model_prefix
     for name in sorted(weights, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        target, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if target not in own and name in own:  # an old name that is a new one too
+            target, pattern = rename_source_key(name, [], [], prefix, own)
         if target not in own:
-            unexpected.append(name)
+            if not computed & {target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")}:
+                unexpected.append(name)
         elif pattern is None:
             _check_shape(name, weights.shape(name), tuple(own[target].shape))
             found[target] = partial(weights.__getitem__, name)
@@ -207,9 +223,8 @@ def readers(model: Any, weights: Weights, what: str) -> dict[str, Callable[[], T
                 code=_CODE,
             )
         else:
-            group = groups.setdefault(target, deepcopy(of_pattern[pattern]))
-            group.add_tensor(target, name, pattern, partial(weights.__getitem__, name))
-            found[target] = partial(_joined, model, target, group, tuple(own[target].shape))
+            pieces.setdefault(target, []).append((name, pattern))
+            found[target] = partial(_joined, model, weights, target, of_pattern[pattern], pieces[target])
     if not found:
         raise SpecError(f"{what} has no tensor of {type(model).__name__}", "is it this model's file?", code=_CODE)
     by_address = {address(own[name]): read for name, read in found.items()}
@@ -220,11 +235,14 @@ def readers(model: Any, weights: Weights, what: str) -> dict[str, Callable[[], T
     return found
 
 
-def _joined(model: Any, target: str, group: Any, shape: tuple[int, ...]) -> Tensor:
+def _joined(model: Any, weights: Weights, target: str, converter: Any, pieces: list[tuple[str, str]]) -> Tensor:
     """A tensor that the file has in pieces (the experts of a layer)."""
-    (value,) = deepcopy(group).convert(target, model=model, config=model.config).values()
+    group = deepcopy(converter)
+    for name, pattern in pieces:
+        group.add_tensor(target, name, pattern, partial(weights.__getitem__, name))
+    (value,) = group.convert(target, model=model, config=model.config).values()
     tensor: Tensor = value[0] if isinstance(value, list) else value
-    _check_shape(target, tuple(tensor.shape), shape)
+    _check_shape(target, tuple(tensor.shape), tuple(model.state_dict()[target].shape))
     return tensor
 
 

@@ -15,11 +15,13 @@ from statistics import median
 
 from protos.ids import NodeId
 from protos.plan import ClusterView, LinkUse, NodeView
+from strategies import cost
 
 LOOPBACK = "loopback"
 LOOPBACK_RTT_S = 0.0001
 LOOPBACK_BYTES_PER_S = 1.5e9  # gloo all-reduce of 100 MB between two processes
 LAN_RTT_S = 0.001  # assumed until measured
+ALIKE = 1.5  # links whose speeds differ by less are taken as equally fast
 LAN_BYTES_PER_S = 117e6  # 1 Gbit/s less the TCP/IP headers, assumed until measured
 
 
@@ -50,6 +52,37 @@ def link_between(cluster: ClusterView, a: NodeView, b: NodeView) -> Link:
     return Link(max(rtts, default=LAN_RTT_S), max(1.0, min([*(rates or [LAN_BYTES_PER_S]), *caps])))
 
 
+def network_between(cluster: ClusterView, a: NodeView, b: NodeView) -> str:
+    """The trusted network over which the two talk; "" when there is none."""
+    if a.capacity.machine_id == b.capacity.machine_id:
+        return LOOPBACK
+    measured = cluster.link(a.node_id, b.node_id)
+    if measured is not None and measured.network:
+        return measured.network
+    common = {each.cidr for each in a.capacity.networks} & {each.cidr for each in b.capacity.networks}
+    return min((cidr for cidr in common if not _is_loopback(cidr)), default="")
+
+
+def joined_by_quick_links(cluster: ClusterView, nodes: Sequence[NodeView]) -> tuple[tuple[NodeView, ...], ...]:
+    """All of them; then, for every speed that some link has (within a factor of ALIKE), the sets of nodes that links of
+    at least that speed join, each set once."""
+    speeds = {
+        (a, b): round(math.log(link_between(cluster, nodes[a], nodes[b]).bytes_per_s, ALIKE))
+        for a, b in combinations(range(len(nodes)), 2)
+    }
+    found = dict.fromkeys([tuple(range(len(nodes)))])
+    for least in sorted(set(speeds.values()))[1:]:  # the slowest joins all
+        part = list(range(len(nodes)))
+        for (a, b), speed in speeds.items():
+            if speed >= least and part[a] != part[b]:
+                part = [part[a] if each == part[b] else each for each in part]
+        for name in dict.fromkeys(part):
+            members = tuple(index for index, each in enumerate(part) if each == name)
+            if len(members) > 1:
+                found[members] = None
+    return tuple(tuple(nodes[index] for index in members) for members in found)
+
+
 def median_rtt_s(cluster: ClusterView, nodes: Sequence[NodeView]) -> float:
     """Over all pairs; 0 when there is no pair."""
     return median([link_between(cluster, a, b).rtt_s for a, b in combinations(nodes, 2)] or [0.0])
@@ -61,6 +94,11 @@ def download_s(size_bytes: int, node: NodeView) -> float:
         return 0.0
     capacity = node.capacity
     return (capacity.rtt_s or LAN_RTT_S) + size_bytes / (capacity.bandwidth_bytes_per_s or LAN_BYTES_PER_S)
+
+
+def overlap_over(network: str) -> float:
+    """g of cost.mix: over loopback the cores that compute also copy, so that nothing is won by doing both at once."""
+    return 1.0 if network == LOOPBACK else cost.OVERLAP
 
 
 Traffic = Mapping[tuple[NodeId, NodeId], tuple[float, float]]

@@ -12,7 +12,15 @@ from strategies.blocks import blocks_of
 
 SHARE = 0.85
 RESERVE_BYTES = 250 * 1024**2  # torch itself, its threads and its libraries, in a worker that has done nothing yet
-GRADIENT_BUCKET_BYTES = 4  # per parameter: DistributedDataParallel keeps a second copy of the gradients in buckets
+GRADIENT_BUCKET_BYTES = 4  # per parameter: what the backward pass makes before it lies in the buckets
+
+# What a first step brings along whatever the model, measured with one of 13,000 parameters: code that torch loads when
+# it is first used, stacks and arenas of autograd's and gloo's threads, the tracer with its graph, FSDP2 and DTensor.
+FIRST_STEP_BYTES = 28 * 10**6
+GROUP_BYTES = 5 * 10**6
+STAGE_BYTES = 30 * 10**6
+SHARD_BYTES = 12 * 10**6
+PACKED_BYTES = 20 * 10**6  # at most: weights as the kernels' libraries pack them, kept between calls
 
 _STATE_BYTES = {"adam": 8, "adamw": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0}
 
@@ -34,10 +42,25 @@ def budget_bytes(capacity: Capacity) -> float:
 def fixed_bytes(profile: ModelProfile, optimizer: OptimizerSpec, ranks: int) -> int:
     """Everything that does not grow with the batch. Unknown layers: at least the table's need (MISSION.md K4)."""
     per_parameter = bytes_per_parameter(optimizer) + (GRADIENT_BUCKET_BYTES if ranks > 1 else 0)
-    need = profile.parameters * per_parameter + RESERVE_BYTES
+    need = profile.parameters * per_parameter + RESERVE_BYTES + FIRST_STEP_BYTES + packed_bytes(profile.parameters)
+    need += GROUP_BYTES if ranks > 1 else 0
     if not profile.layers and profile.requirements.source == "table":
         return max(need, profile.requirements.memory_bytes)
     return need
+
+
+def packed_bytes(parameters: float) -> int:
+    return int(min(PACKED_BYTES, 4 * parameters))
+
+
+def stage_reserve_bytes() -> int:
+    """A worker that runs a stage, without its parameters and activations."""
+    return RESERVE_BYTES + FIRST_STEP_BYTES + GROUP_BYTES + STAGE_BYTES
+
+
+def shard_reserve_bytes() -> int:
+    """A worker that runs a shard, without its parameters and activations; it keeps no packed weights (heap.py)."""
+    return RESERVE_BYTES + FIRST_STEP_BYTES + GROUP_BYTES + SHARD_BYTES
 
 
 def sample_bytes(profile: ModelProfile) -> float:

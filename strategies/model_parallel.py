@@ -11,25 +11,35 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos.ids import NodeId
 from protos.jobspec import StrategyName
 from protos.model import Family
-from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask
+from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask, RankCost
 from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reasons_of, train_subtasks
 from strategies.blocks import blocks_of, gathered_parameters
-from strategies.grouping import group_reasons, groups
+from strategies.grouping import close_groups, group_reasons, groups
 from strategies.links import download_s, link_uses, ranks_of, ring_traffic, worst_link
-from strategies.memory import RESERVE_BYTES, SHARE, budget_bytes, bytes_per_parameter, largest_micro_batch, sample_bytes
+from strategies.memory import (
+    SHARE,
+    budget_bytes,
+    bytes_per_parameter,
+    largest_micro_batch,
+    packed_bytes,
+    sample_bytes,
+    shard_reserve_bytes,
+)
 from strategies.partition import RankSpeed, alike, split_batch
 
 SHARDED, TENSOR = "sharded", "tensor"
 GATHERED_BYTES = 8  # for each parameter of a block that is whole: weight and gradient
 MOST_RANKS_PER_NODE = 4
 TENSOR_RTT_S = 0.001  # above, waiting for the parts of every layer excludes it
-GATHER_S = 3e-4  # of a block's gathering and scattering in one pass, whatever its size: hooks and copies
+GATHER_S = 1e-3  # of a block's gathering and scattering in one pass, whatever its size: hooks and bookkeeping
+FRESH_BYTES_PER_S = 2.5e9  # of memory just got from the system: shards give back every large block (heap.py)
+GATHERED_FRESH_BYTES = 28  # per parameter and pass: twice what is gathered and its copy; gradient, sent, received
 LAYER_S = 3e-4  # of a layer that is cut, in one pass: what its distributed tensors cost to handle
 _TENSOR_FAMILIES = (Family.TRANSFORMER, Family.MLP)
 
@@ -96,7 +106,7 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
     speeds = {node.node_id: cost.speed(inputs.profile, node.capacity, train) for node in inputs.eligible}
     tensor = asked.kind != SHARDED and not _why_no_tensor(inputs)
     shards = asked.kind != TENSOR and (inputs.spec.strategy != "auto" or not _whole_everywhere(inputs))
-    for group in groups(inputs):
+    for group in close_groups(inputs):
         units = sorted(
             (node for node in group.nodes for _ in range(ranks_of(node))),
             key=lambda node: (speeds[node.node_id].step_s(train.batch_size), node.name),
@@ -158,7 +168,7 @@ def _shard_bytes(inputs: Inputs, ranks: int) -> float:
     """Of one rank, without activations: its shard, the blocks that are whole for a moment, and what torch takes."""
     profile = inputs.profile
     shard = math.ceil(profile.parameters / ranks) * bytes_per_parameter(inputs.spec.train.optimizer)
-    return shard + gathered_parameters(profile) * GATHERED_BYTES + RESERVE_BYTES
+    return shard + gathered_parameters(profile) * GATHERED_BYTES + shard_reserve_bytes()
 
 
 def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
@@ -174,18 +184,23 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     samples, pieces = found
     blocks, root = blocks_of(profile)
     gathered = len(blocks) + bool(root)
-    compute_s = max(
-        pieces * (speed.overhead_s + gathered * GATHER_S) + factor * speed.seconds_per_sample * count
-        for speed, factor, count in zip(speeds, slower, samples, strict=True)
-    )
+    overheads = [
+        pieces * (speed.overhead_s + gathered * GATHER_S + _fresh_s(node, GATHERED_FRESH_BYTES * profile.parameters))
+        for node, speed in zip(ranks.nodes, speeds, strict=True)
+    ]
+    passes = [
+        overhead_s + factor * count * (speed.seconds_per_sample + _fresh_s(node, 2 * sample_bytes(profile)))
+        for node, overhead_s, speed, factor, count in zip(ranks.nodes, overheads, speeds, slower, samples, strict=True)
+    ]
+    compute_s = max(passes)
     link = worst_link(inputs.cluster, ranks.nodes)
     share = (ranks.count - 1) / ranks.count * 4.0 * profile.parameters
-    waits = 3 * (ranks.count - 1) * gathered * link.rtt_s / 2
+    waits = 3 * gathered * ((ranks.count - 1) * link.rtt_s / 2 + cost.COLLECTIVE_S)
     network_s = pieces * (3 * share / link.bytes_per_s + waits)
-    optimizer_s = max(
-        here[node.node_id] * cost.optimizer_s(profile.parameters / ranks.count, node.capacity, train)
-        for node in ranks.nodes
-    )
+    updates = [
+        factor * cost.optimizer_s(profile.parameters / ranks.count, node.capacity, train)
+        for factor, node in zip(slower, ranks.nodes, strict=True)
+    ]
     memory: Counter[NodeId] = Counter()
     for node, count in zip(ranks.nodes, samples, strict=True):
         need = int(fixed + math.ceil(count / pieces) * sample_bytes(profile))
@@ -197,9 +212,18 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         samples,
         pieces,
         Layout(((0, len(profile.layers)),), sharded=True),
-        _Step(compute_s, cost.mix(compute_s, network_s), optimizer_s, network_s, sent),
+        _Step(compute_s, compute_s + network_s, max(updates), network_s, sent),  # each waits for the one before
+        [
+            RankCost(node.node_id, pass_s + update_s, overhead_s, sent)
+            for node, pass_s, update_s, overhead_s in zip(ranks.nodes, passes, updates, overheads, strict=True)
+        ],
         memory,
     )
+
+
+def _fresh_s(node: NodeView, size_bytes: float) -> float:
+    """Page faults of what a pass gets and gives back; a GPU's allocator keeps it."""
+    return 0.0 if node.capacity.gpus else size_bytes / FRESH_BYTES_PER_S
 
 
 def _split(
@@ -237,6 +261,7 @@ def _placed(
     pieces: int,
     layout: Layout,
     step: _Step,
+    costs: Sequence[RankCost],
     memory: Counter[NodeId],
 ) -> PlacedEstimate:
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
@@ -259,6 +284,7 @@ def _placed(
             "transfer": transfer_s,
             "evaluation": evaluation_s,
         },
+        ranks=tuple(costs),
     )
     placements = tuple(
         Placement(rank, node.node_id, count, replica=layout.replica_of(rank))
@@ -288,7 +314,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         return None
     cut = [layer for layer in profile.layers if "linear" in layer.kind.lower()]
     held = profile.parameters - sum(layer.parameters for layer in cut) * (1 - 1 / count)
-    fixed = held * bytes_per_parameter(train.optimizer) + RESERVE_BYTES
+    fixed = held * bytes_per_parameter(train.optimizer) + shard_reserve_bytes() + packed_bytes(held)
     rows = min(int((ranks.room(node) - fixed) / max(sample_bytes(profile), 1e-9)) for node in ranks.nodes)
     if rows < 1:
         return None
@@ -296,6 +322,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     if math.ceil(train.batch_size / pieces) > rows:
         return None
     compute_s = optimizer_s = 0.0
+    costs = []
     for node in ranks.nodes:
         per_layer = cost.layer_seconds(profile, node.capacity)
         sample_s = sum(
@@ -304,8 +331,12 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         )
         overhead_s = cost.speed(profile, node.capacity, train).overhead_s
         overhead_s += len(cut) * LAYER_S
-        compute_s = max(compute_s, pieces * overhead_s + sample_s * train.batch_size)
-        optimizer_s = max(optimizer_s, cost.optimizer_s(held, node.capacity, train))
+        pass_s, update_s = (
+            pieces * overhead_s + sample_s * train.batch_size,
+            cost.optimizer_s(held, node.capacity, train),
+        )
+        compute_s, optimizer_s = max(compute_s, pass_s), max(optimizer_s, update_s)
+        costs.append(RankCost(node.node_id, pass_s + update_s, pieces * overhead_s, 0.0))
     network_s, sent = 0.0, 0.0
     blocks, root = blocks_of(profile)
     for layers, output_bytes in [
@@ -327,6 +358,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         pieces,
         Layout(((0, len(profile.layers)),), tensor=count),
         _Step(compute_s, compute_s + network_s, optimizer_s, network_s, sent),
+        [replace(rank, sent_bytes=sent) for rank in costs],
         memory,
     )
 

@@ -1,25 +1,29 @@
-"""The user's model: their FILE.py:FUNCTION called in this worker, or their torch.export file.
+"""The user's model: their FILE.py:FUNCTION called in this worker, their Hugging Face directory or torch.export file.
 
-Owns the import of the user's files (siblings are importable). The seed is set before the function is called, so the
-same spec gives the same initial weights on every rank.
+Owns the import of the user's files (siblings are importable), and which values the model starts from. The seed is set
+before the model is built, so the same spec gives the same initial weights on every rank.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from protos.errors import ErrorCode, SpecError
 from protos.jobspec import ModelSpec, entry_point
 from strategies.faults_torch import UserCodeError
+from strategies.hugging_face import CONFIG_FILE
 from strategies.weights_torch import address as address
+from strategies.weights_torch import fitting, open_weights
 from strategies.weights_torch import load_weights as load_weights
 
 EXPORTED_SUFFIX = ".pt2"
@@ -27,17 +31,81 @@ EXPORTED_SUFFIX = ".pt2"
 
 def build(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None, seed: int) -> nn.Module:
     """The module with its starting weights, on the CPU. Raises SpecError, or UserCodeError from the user's function."""
+    model = build_unloaded(spec, code_dir, weights_path, seed)
+    own = model.state_dict()
+    with starting_values(spec, model, code_dir, weights_path) as readers, torch.no_grad():
+        for name, read in readers.items():
+            own[name].copy_(read())
+    return model
+
+
+def prepare(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None) -> None:
+    """Imports what building needs, outside of any mode of torch that the model is then built in. Raises as `build`."""
+    directory = model_directory(spec, code_dir, weights_path)
+    if directory is not None:
+        from strategies import hugging_face_torch
+
+        hugging_face_torch.prepare(directory, spec)
+    elif entry_point(spec.source) is not None:
+        load_function(spec.source, code_dir)
+
+
+def build_unloaded(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None, seed: int) -> nn.Module:
+    """As `build`, before `starting_values` are put in. A torch.export file always has its own values."""
     file = exported_file(spec, code_dir, weights_path)
     if file is not None:
         from strategies.exported_torch import exported_module  # which needs what is below it: this file
 
         return exported_module(file)
+    directory = model_directory(spec, code_dir, weights_path)
+    if directory is not None:
+        from strategies import hugging_face_torch
+
+        return hugging_face_torch.build(directory, spec, seed)
     if entry_point(spec.source) is None:
         raise SpecError(
             f"the model source {spec.source!r} cannot be trained",
-            "give model.source as FILE.py:FUNCTION returning an nn.Module, or as a .pt2 file of torch.export",
+            "give model.source as FILE.py:FUNCTION returning an nn.Module, a Hugging Face directory with config.json, "
+            "or a .pt2 file of torch.export",
             code=ErrorCode.UNSUPPORTED,
         )
+    return _called(spec, code_dir, seed)
+
+
+@contextmanager
+def starting_values(
+    spec: ModelSpec, model: nn.Module, code_dir: Path | None, weights_path: Path | None
+) -> Iterator[Mapping[str, Callable[[], Tensor]]]:
+    """For entries of the state dict that do not start as they were built: how to read each, one at a time.
+
+    What is read has the shape and type of the entry. Raises SpecError for weights that do not fit the model.
+    """
+    if exported_file(spec, code_dir, weights_path) is not None:
+        yield {}
+        return
+    path, directory = weights_path, model_directory(spec, code_dir, weights_path)
+    if directory is not None:
+        from strategies import hugging_face_torch
+
+        path = hugging_face_torch.weights_file(directory, spec)
+    if path is None:
+        yield {}
+        return
+    with open_weights(path) as weights:
+        if directory is not None:
+            found = hugging_face_torch.readers(model, weights, path.name)
+        else:
+            source = fitting(model, weights, path.name)
+            found = {name: partial(weights.__getitem__, given) for name, given in source.items()}
+        types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        yield {name: partial(_of_type, read, types[name]) for name, read in found.items()}
+
+
+def _of_type(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return read().to(dtype)
+
+
+def _called(spec: ModelSpec, code_dir: Path | None, seed: int) -> nn.Module:
     function = load_function(spec.source, code_dir)
     torch.manual_seed(seed)
     try:
@@ -56,8 +124,6 @@ def build(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None, see
             "at least one parameter needs requires_grad=True",
             code=ErrorCode.MODEL_UNUSABLE,
         )
-    if weights_path is not None:
-        load_weights(model, weights_path)
     return model
 
 
@@ -117,6 +183,19 @@ def exported_file(spec: ModelSpec, code_dir: Path | None, weights_path: Path | N
             f"{spec.source} is not among the job's files", "it lies beside the job file", code=ErrorCode.MODEL_UNUSABLE
         )
     return path
+
+
+def model_directory(spec: ModelSpec, code_dir: Path | None, weights_path: Path | None) -> Path | None:
+    """Where the Hugging Face directory lies that is the model; None when it is none.
+
+    Like a model file it travels in the place of weights; one that lies beside the job file is found there too.
+    """
+    if entry_point(spec.source) is not None or spec.source.endswith(EXPORTED_SUFFIX):
+        return None
+    places = [weights_path] if weights_path is not None else []
+    if code_dir is not None and (code_dir / spec.source).resolve().is_relative_to(code_dir.resolve()):
+        places.append(code_dir / spec.source)
+    return next((place for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
 def _is_user_module(module: ModuleType) -> bool:

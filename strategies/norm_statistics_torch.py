@@ -6,13 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def statistics_of(model: nn.Module) -> list[Tensor]:
+    """Their buffers. In a model that was exported norms have no class any more: there the names tell."""
+    found: list[Tensor] = []
+    for module in model.modules():
+        known = isinstance(module, _NormBase)
+        found += [buffer for name, buffer in module.named_buffers(recurse=False) if known or name in _NAMES]
+    return found
+
 
 class NormStatistics:
     """`committed` are the values after the last step that every rank finished."""
 
     def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
-        self._all = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._all = statistics_of(model)
         self._averaged = [buffer for buffer in self._all if buffer.is_floating_point()]
         self._committed = self.now()
 

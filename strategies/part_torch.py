@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from protos.errors import ErrorCode, Exhausted, SpecError
 from protos.jobspec import ModelSpec
 from strategies import model_torch
-from strategies.weights_torch import fitting, open_weights
 
 _LARGE_BYTES = 1 << 20  # smaller tensors stay in memory
 
@@ -45,13 +44,11 @@ def build_part(
     if model_torch.exported_file(spec, code_dir, weights_path) is not None:
         model = model_torch.build(spec, code_dir, weights_path, seed)
         return {name: _kept(model, name) for name in names}
+    model_torch.prepare(spec, code_dir, weights_path)
     with file_backed(scratch_dir):
-        model = model_torch.build(spec, code_dir, None, seed)
-    if weights_path is None:
-        return {name: _kept(model, name) for name in names}
-    with open_weights(weights_path) as weights:
-        source = fitting(model, weights, weights_path.name)
-        return {name: weights[source[name]] if name in source else _kept(model, name) for name in names}
+        model = model_torch.build_unloaded(spec, code_dir, weights_path, seed)
+    with model_torch.starting_values(spec, model, code_dir, weights_path) as readers:
+        return {name: readers[name]() if name in readers else _kept(model, name) for name in names}
 
 
 def _kept(model: nn.Module, name: str) -> Tensor:

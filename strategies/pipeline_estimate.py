@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from protos.ids import NodeId
-from protos.plan import CostEstimate, Layout, NodeView, Placement, Schedule
+from protos.plan import CostEstimate, Layout, NodeView, Placement, RankCost, Schedule
 from strategies import cost
 from strategies.base import Inputs, PlacedEstimate
 from strategies.links import (
@@ -41,7 +41,7 @@ class Unit:
     @property
     def speed(self) -> float:
         """Seconds of one sample through the whole model."""
-        return float(self.host.seconds[0, -1]) + self.host.overhead_s
+        return float(self.host.compute_s(1.0)[0, -1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,11 @@ def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> Pla
             "transfer": wait_s,
             "evaluation": evaluation_s,
         },
+        ranks=tuple(
+            _rank(inputs, segments, shape, stage, unit, count)
+            for chain, count in zip(chains, samples, strict=True)
+            for stage, unit in enumerate(chain)
+        ),
     )
     stages = tuple((segments.bounds[first], segments.bounds[last]) for first, last in shape.pieces)
     return PlacedEstimate(
@@ -131,6 +136,22 @@ def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> Pla
         ),
         links=link_uses(crossing_traffic, sync_traffic, tied_traffic),
     )
+
+
+def _rank(inputs: Inputs, segments: Segments, shape: Shape, stage: int, unit: Unit, samples: int) -> RankCost:
+    """What it sends: activations to the next stage, their gradients to the one before, its part of averages."""
+    piece = shape.pieces[stage]
+    passes = math.ceil(samples / math.ceil(samples / shape.micro_batches))
+    overhead_s = passes * float(unit.host.compute_s(0.0)[piece])
+    work_s = samples * float(unit.host.seconds[piece])
+    optimizer_s = cost.optimizer_s(float(segments.parameters[piece]), unit.node.capacity, inputs.spec.train)
+    crossing = samples * float(segments.cut_bytes[piece[0]] + segments.cut_bytes[piece[1]])
+    replicas = len(shape.slots[0])
+    averaged = cost.all_reduce_bytes(replicas, 4.0 * float(segments.parameters[piece])) / replicas
+    lenders = [4.0 * float(segments.borrowed[each]) for each in (shape.pieces[1:] if stage == 0 else (piece,))]
+    tied = sum(cost.all_reduce_bytes(2, volume) / 2 for volume in lenders)
+    node_id = unit.node.node_id
+    return RankCost(node_id, overhead_s + work_s + optimizer_s, overhead_s, crossing + averaged + tied)
 
 
 def _replicas(inputs: Inputs, shape: Shape) -> list[tuple[Unit, ...]]:
@@ -194,10 +215,7 @@ def _passes(inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit,
 def _pass(
     inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit, ...], rows: float, micro_batches: int
 ) -> _Passing:
-    compute = [
-        unit.host.overhead_s + rows * float(unit.host.seconds[piece])
-        for piece, unit in zip(shape.pieces, chain, strict=True)
-    ]
+    compute = [float(unit.host.compute_s(rows)[piece]) for piece, unit in zip(shape.pieces, chain, strict=True)]
     sent = [
         transfer_s(link_between(inputs.cluster, a.node, b.node), rows * float(segments.cut_bytes[cut]))
         for (a, b), cut in zip(pairwise(chain), shape.cuts[1:], strict=False)

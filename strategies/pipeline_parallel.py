@@ -26,6 +26,7 @@ from strategies.segments import Segments, segments_of, stage_bytes
 from strategies.stages import ROUGH_SLACK, SLACK, Host, Question, chains
 
 MOST_UNITS = 16  # hosts that are considered: the fastest, or the roomiest when those do not hold the model
+PASS_S = 5e-4  # of one micro-batch in one stage: the schedule's bookkeeping, sends and receives handed over
 _STEP = 1.4  # between two numbers of micro-batches that are worth telling apart
 
 
@@ -145,8 +146,8 @@ def _choices(inputs: Inputs, segments: Segments, group: TrustedGroup) -> list[li
 def _unit(inputs: Inputs, segments: Segments, node: NodeView) -> Unit:
     capacity = node.capacity
     seconds = segments.sums(cost.layer_seconds(inputs.profile, capacity))
-    overhead_s = cost.speed(inputs.profile, capacity, inputs.spec.train).overhead_s
-    return Unit(node, Host(seconds, overhead_s, budget_bytes(capacity)))
+    passes = segments.sums(cost.layer_passes(inputs.profile, capacity))
+    return Unit(node, Host(seconds, PASS_S, budget_bytes(capacity), passes))
 
 
 def _slots(inputs: Inputs, units: Sequence[Unit], replicas: int) -> list[tuple[Unit, ...]]:
@@ -235,7 +236,8 @@ def _joint(slot: tuple[Unit, ...]) -> Host:
     shares = [1 / max(unit.speed, 1e-12) for unit in slot]
     scale = len(slot) / sum(shares)
     seconds = np.max([scale * share * unit.host.seconds for share, unit in zip(shares, slot, strict=True)], axis=0)
-    return Host(seconds, max(u.host.overhead_s for u in slot), min(u.host.budget_bytes for u in slot))
+    passes = np.max([np.broadcast_to(unit.host.pass_s, seconds.shape) for unit in slot], axis=0)
+    return Host(seconds, max(u.host.overhead_s for u in slot), min(u.host.budget_bytes for u in slot), passes)
 
 
 def _last_reasons(inputs: Inputs, segments: Segments) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from strategies.data.dataset import Dataset
 from strategies.evaluate_torch import Score
 from strategies.extent import Extent
 from strategies.group_torch import Group
+from strategies.heap import return_large_blocks
 from strategies.loss_torch import Loss
 from strategies.model_stream_torch import stream_model
 from strategies.optimizer_torch import build_optimizer
@@ -34,6 +35,7 @@ from strategies.split_torch import StageSpec, build_part, cut, stage_module, tie
 from strategies.stage_schedule_torch import StageRunner
 from strategies.stage_sync_torch import StageSync
 
+LARGE_WEIGHT_BYTES = 4 * 1024 * 1024  # among the activations of micro-batches such gradients tear the heap apart
 EVALUATION_PIECES = 4  # micro-batches that are under way at once while evaluating
 
 
@@ -43,6 +45,7 @@ class PipelineStages:
     def __init__(self, context: TaskContext, loss: Loss, dataset: Dataset, device: torch.device) -> None:
         task, workspace = context.task, context.workspace
         assert task.layout is not None
+        return_large_blocks(LARGE_WEIGHT_BYTES)
         self._task: Task = task
         self._layout: Layout = task.layout
         self._loss = loss

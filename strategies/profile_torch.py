@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from protos import documents
 from protos.errors import ErrorCode, HiveError, SpecError
-from protos.jobspec import JobSpec
+from protos.jobspec import JobSpec, entry_point
 from protos.model import Family, LayerProfile, ModelProfile, Requirements, base_requirements, complexity_of
 from protos.plan import DataProfile, Identification
 from protos.states import AttemptState, Reason
@@ -139,12 +139,12 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch, weights_path: Path |
     file = model_torch.exported_file(spec.model, code_dir, weights_path)
     if file is not None:
         return _run_exported(load_program(file), spec, batch, loss)
-    model_torch.load_function(spec.model.source, code_dir)  # imports the user's file outside of the fake world
+    model_torch.prepare(spec.model, code_dir, weights_path)
     size = 0
     logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what fails there is tried for real, and said
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = model_torch.build(spec.model, code_dir, None, spec.train.seed)
+            model = model_torch.build_unloaded(spec.model, code_dir, weights_path, spec.train.seed)
             size = parameter_bytes(model) if not any(map(is_lazy, model.parameters())) else 0
             return _trace(model, spec, batch, loss, fake=True)
     except HiveError:
@@ -154,7 +154,7 @@ def run(spec: JobSpec, code_dir: Path | None, batch: Batch, weights_path: Path |
             raise UserCodeError(f"the model of {size} bytes cannot be profiled without allocating it") from (
                 error.__cause__ or error
             )
-    model = model_torch.build(spec.model, code_dir, None, spec.train.seed)
+    model = model_torch.build_unloaded(spec.model, code_dir, weights_path, spec.train.seed)
     return _trace(model, spec, batch, loss, fake=False)
 
 
@@ -222,7 +222,7 @@ def profile_of(built: Built, spec: JobSpec, data: DataProfile, input_shape: tupl
     family, confidence = family_of(found, built.small.attention)
     profile = ModelProfile(
         framework="pytorch",
-        format="python_source" if built.program is None else "pytorch_export",
+        format=_format(built, spec),
         family=family,
         task=task_of(spec, found, family),
         parameters=parameters,
@@ -238,6 +238,12 @@ def profile_of(built: Built, spec: JobSpec, data: DataProfile, input_shape: tupl
         + loss_bytes(built.small, built.large, BATCHES),
     )
     return replace(profile, requirements=requirements_of(profile, spec, data))
+
+
+def _format(built: Built, spec: JobSpec) -> str:
+    if built.program is not None:
+        return "pytorch_export"
+    return "python_source" if entry_point(spec.model.source) else "hugging_face"
 
 
 def requirements_of(profile: ModelProfile, spec: JobSpec, data: DataProfile) -> Requirements:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from protos.model import ModelProfile, last_of
 from protos.plan import Schedule
-from strategies.memory import RESERVE_BYTES
+from strategies.memory import PACKED_BYTES, stage_reserve_bytes
 
 Array = npt.NDArray[np.float64]
 
@@ -34,6 +34,7 @@ class Segments:
     borrowed: Array  # of them, copies of what an earlier stage holds
     activation_bytes: Array
     output_bytes: Array  # the largest output of a layer
+    largest: Array  # parameters of the largest layer
     loss_bytes: float  # what the loss keeps in the last stage
 
     @property
@@ -77,6 +78,7 @@ def segments_of(profile: ModelProfile, most: int = MOST_SEGMENTS) -> Segments:
         borrowed=np.zeros(0),
         activation_bytes=np.zeros(0),
         output_bytes=np.zeros(0),
+        largest=np.zeros(0),
         loss_bytes=max(0.0, profile.peak_activation_bytes_per_sample - profile.activation_bytes_per_sample),
     )
     borrowed = empty.sums([layer.borrowed_parameters for layer in layers])
@@ -89,14 +91,17 @@ def segments_of(profile: ModelProfile, most: int = MOST_SEGMENTS) -> Segments:
         borrowed,
         empty.sums([layer.activation_bytes_per_sample for layer in layers]),
         _largest([layer.output_bytes_per_sample for layer in layers], bounds),
+        _largest([float(layer.parameters) for layer in layers], bounds),
         empty.loss_bytes,
     )
 
 
 def stage_bytes(segments: Segments, load: Load, stages_behind: int) -> Array:
     """[i, j]: memory of a stage with so many stages from it to the end. Between stages the engine keeps a buffer for
-    what comes in of every micro-batch, and for every gradient that comes back."""
-    fixed = segments.parameters * load.parameter_bytes + RESERVE_BYTES
+    what comes in of every micro-batch, and for every gradient that comes back. Gradients add up over micro-batches: the
+    newest of a layer lies beside the sum."""
+    fixed = segments.parameters * load.parameter_bytes + 4 * segments.largest
+    fixed = fixed + np.minimum(PACKED_BYTES, 4 * segments.parameters) + stage_reserve_bytes()
     held = segments.activation_bytes.copy()
     held[:, -1] += segments.loss_bytes
     crossing = segments.cut_bytes[:, None] + segments.cut_bytes[None, :]

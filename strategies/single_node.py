@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos.jobspec import StrategyName
-from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask
+from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask, RankCost
 from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reasons_of, train_subtasks
 from strategies.links import download_s
@@ -107,6 +107,7 @@ def _on(inputs: Inputs, fit: _Fit) -> PlacedEstimate:
                 "transfer": transfer_s,
                 "evaluation": evaluation_s,
             },
+            ranks=(RankCost(node.node_id, step_s, pieces * speed.overhead_s, 0.0),),
         ),
         (Placement(0, node.node_id, train.batch_size),),
         (pieces,),

@@ -111,20 +111,20 @@ def trace_job(spec: JobSpec, code_dir: Path | None, features: Features, weights_
     file = model_torch.exported_file(spec.model, code_dir, weights_path)
     if file is not None:
         return trace_exported(load_program(file), precision)
-    model_torch.load_function(spec.model.source, code_dir)  # imports the user's file outside of the fake world
-    return trace_model(_weightless(spec, code_dir), features, precision)
+    model_torch.prepare(spec.model, code_dir, weights_path)
+    return trace_model(_weightless(spec, code_dir, weights_path), features, precision)
 
 
-def _weightless(spec: JobSpec, code_dir: Path | None) -> nn.Module:
+def _weightless(spec: JobSpec, code_dir: Path | None, weights_path: Path | None) -> nn.Module:
     """The model without memory for its weights: of fake tensors, or in files where building it looks at values."""
     try:
         with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-            return model_torch.build(spec.model, code_dir, None, spec.train.seed)
+            return model_torch.build_unloaded(spec.model, code_dir, weights_path, spec.train.seed)
     except HiveError:
         raise
     except Exception:
         with file_backed():
-            return model_torch.build(spec.model, code_dir, None, spec.train.seed)
+            return model_torch.build_unloaded(spec.model, code_dir, weights_path, spec.train.seed)
 
 
 def trace_model(model: nn.Module, features: Features, precision: str = "fp32") -> Cuttable:

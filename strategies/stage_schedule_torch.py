@@ -7,9 +7,10 @@ otherwise pickle them from rank to rank. Exceptions of the user's model and of a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from strategies.group_torch import Group
 from strategies.split_torch import Crossing, StageSpec
 
 Loss = Callable[[Any, Tensor], Tensor]
+T = TypeVar("T")
 _OF_A_GROUP = ("gloo", "connection", "timed out", "nccl", "socket", "peer", "transport")
 
 
@@ -43,7 +45,8 @@ class StageForward(nn.Module):
             raise UserCodeError("in the model's forward pass") from error
         if not self._dtypes:
             return result
-        return tuple(tensor.to(dtype) for tensor, dtype in zip(result, self._dtypes, strict=True))
+        # sent as one block of memory: a recurrent layer, for one, returns a transposed view
+        return tuple(tensor.to(dtype).contiguous() for tensor, dtype in zip(result, self._dtypes, strict=True))
 
 
 class StageRunner:
@@ -60,6 +63,7 @@ class StageRunner:
         self._kind = kind
         self._made: dict[tuple[int, int, bool], Any] = {}
         self._loss: Loss = _no_loss
+        self._computed_s = 0.0  # inside of passes, since the schedule was started
 
     @property
     def is_last(self) -> bool:
@@ -92,10 +96,13 @@ class StageRunner:
             given = [tensor[start:stop] for tensor in inputs] if self._spec.index == 0 else []
             aim = target[start:stop] if target is not None and self.is_last else None
             run = schedule.step if training else schedule.eval
+            started, self._computed_s = time.perf_counter(), 0.0
             try:
                 run(*given, target=aim, losses=[] if self.is_last else None, return_outputs=False)
             except Exception as error:
                 raise self._cause(error) from error
+            finally:  # all else that a schedule does is to wait for its neighbours
+                self._group.sync_s += max(0.0, time.perf_counter() - started - self._computed_s)
 
     def _schedule(self, rows: int, count: int, training: bool) -> Any:
         key = (rows, count, training)
@@ -113,13 +120,25 @@ class StageRunner:
                 output_args=_declared(outgoing, rows, training) if not last else (torch.empty(0, device="meta"),),
                 group=self._pipe,
             )
+            stage.forward_one_chunk = self._timed(stage.forward_one_chunk)  # type: ignore[method-assign]
+            stage.backward_one_chunk = self._timed(stage.backward_one_chunk)  # type: ignore[method-assign]
             # one forward, one backward needs a micro-batch for every stage
             kind = Schedule1F1B if self._kind is Schedule.ONE_F_ONE_B and count >= spec.count else ScheduleGPipe
             self._made[key] = kind(stage, count, loss_fn=self._called, scale_grads=False)
         return self._made[key]
 
     def _called(self, output: Any, target: Tensor) -> Tensor:
-        return self._loss(output, target)
+        return self._timed(self._loss)(output, target)
+
+    def _timed(self, call: Callable[..., T]) -> Callable[..., T]:
+        def timed(*args: Any, **kwargs: Any) -> T:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._computed_s += time.perf_counter() - started
+
+        return timed
 
     def _cause(self, error: BaseException) -> BaseException:
         """What really happened, inside the sentences that the library wraps around it."""

@@ -7,6 +7,7 @@ the running statistics of norms, averaged by the share of the batch that each re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -117,10 +118,13 @@ class StageSync:
             tensor.copy_(piece.view_as(tensor))
 
     def _reduce(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        started = time.perf_counter()
         try:
             dist.all_reduce(tensor, group=group)
         except RuntimeError as error:
             raise self._everyone.lost(error, tensor) from error
+        finally:
+            self._everyone.sync_s += time.perf_counter() - started
         return tensor
 
 

@@ -31,11 +31,17 @@ MOST_STATES = 16_384  # hosts used x pairs of kinds: eight hosts that are all di
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Host:
-    """Where a stage may run: training time of one sample in pieces [i, j), per micro-batch overhead, memory."""
+    """Where a stage may run: training time of one sample in pieces [i, j), what a micro-batch costs whatever its rows
+    (anywhere, and in pieces [i, j)), memory."""
 
     seconds: Array
     overhead_s: float
     budget_bytes: float
+    pass_s: Array | float = 0.0
+
+    def compute_s(self, rows: float) -> Array:
+        """[i, j]: one micro-batch, forward and backward."""
+        return np.asarray(self.overhead_s + self.pass_s + rows * self.seconds)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +85,7 @@ def chain_s(question: Question, chain: Chain) -> float:
         behind = len(chain.hosts) - stage
         if stage_bytes(segments, load, behind)[first, last] > question.hosts[host].budget_bytes:
             return math.inf
-        compute_s = question.hosts[host].overhead_s + load.rows * float(question.hosts[host].seconds[first, last])
+        compute_s = float(question.hosts[host].compute_s(load.rows)[first, last])
         sent_s = 0.0
         if behind > 1:
             link = question.links[host][chain.hosts[stage + 1]]
@@ -154,7 +160,7 @@ class _Solver:
         """Tables of every kind and pair of kinds: time, slowest, and whether a stage with so many behind it fits."""
         load, segments = self._question.load, self._question.segments
         empty = np.tri(count + 1, count + 1, dtype=bool)
-        compute = [kind.host.overhead_s + load.rows * kind.host.seconds for kind in self._kinds]
+        compute = [kind.host.compute_s(load.rows) for kind in self._kinds]
         self._compute = [np.where(empty, math.inf, table) for table in compute]
         self._total: dict[tuple[int, int], Array] = {}
         self._slowest: dict[tuple[int, int], Array] = {}
@@ -264,13 +270,14 @@ def _kinds(question: Question) -> list[_Kind]:
             np.max([hosts[index].seconds for index in members], axis=0),
             max(hosts[index].overhead_s for index in members),
             min(hosts[index].budget_bytes for index in members),
+            np.max([np.broadcast_to(hosts[index].pass_s, hosts[index].seconds.shape) for index in members], axis=0),
         )
         kinds.append(_Kind(members, slowest))
     return kinds
 
 
 def _speed(host: Host) -> float:
-    return float(host.seconds[0, -1]) + host.overhead_s
+    return float(host.compute_s(1.0)[0, -1])
 
 
 def _unlike(question: Question, a: Sequence[int], b: Sequence[int]) -> float:

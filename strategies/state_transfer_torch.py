@@ -1,7 +1,8 @@
 """State from those that have it to those that need it, box by box, over the group.
 
 Every rank says which boxes of which tensors it has and which it needs; all compute the same list of transfers and walk
-it in the same order, so no two ranks wait for each other. Memory: what a rank needs, and one piece on its way.
+it in the same order, so no two ranks wait for each other. Memory: what a rank needs, one piece on its way, and one
+tensor of the files it reads from.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from strategies.checkpoint_torch import TrainingState, extent_lists
 from strategies.engine_torch import Engine
 from strategies.extent import Extent
 from strategies.group_torch import Group
+from strategies.mapped_pages import let_go
 
 MODEL, OPTIMIZER = "model", "optimizer"
 PIECE_BYTES = 64 * 1024 * 1024
@@ -86,7 +88,8 @@ def _sources(
 
 
 def collect(group: Group, states: Sequence[TrainingState], engine: Engine) -> TrainingState:
-    """What this rank's engine needs of the state that the ranks have together; `states`: what lies on this rank."""
+    """What this rank's engine needs of the state that the ranks have together; `states`: what lies on this rank's disk,
+    as checkpoint_torch.load maps it."""
     documents = [_parsed(content) for content in group.gather_bytes(_described(states, _holdings(states)))]
     known = {key: held[0] for document in documents for key, held in document.having.items()}
     aliases = dict(chain.from_iterable(document.aliases.items() for document in documents))
@@ -99,7 +102,7 @@ def collect(group: Group, states: Sequence[TrainingState], engine: Engine) -> Tr
     everyone = [_parse_needs(content) for content in group.gather_bytes(_describe_needs(needs))]
     targets = {key: empty(known[key].dtype, list(extent.size)) for key, extent in needs.items()}
     transfers = plan_transfers([document.having for document in documents], everyone)
-    perform(group, transfers, needs, targets, lambda key, box: _read(states, key, box))
+    perform(group, transfers, needs, targets, _Files(states))
     head = next(document for document in documents if document.step)
     own = {name for kind, name in needs if kind == MODEL}
     return TrainingState(
@@ -151,13 +154,24 @@ def perform(
                 piece.copy_(arriving.view(piece.dtype).view(piece.shape))
 
 
-def _read(states: Sequence[TrainingState], key: Key, box: Extent) -> Tensor:
-    kind, name = key
-    for state in states:
-        tensor = (state.model if kind == MODEL else state.optimizer).get(name)
-        if tensor is not None and (extent := _extent(state, name, tensor)).overlap(box) == box:
-            return tensor[box.inside(extent)]
-    raise HiveError(f"{name} is not here although it was said to be", "see the node's log")
+class _Files:
+    """Boxes of what lies in files. Of two tensors read one after the other the first is let go of: with all that was
+    read, a rank would hold its state twice."""
+
+    def __init__(self, states: Sequence[TrainingState]) -> None:
+        self._states = states
+        self._last: Tensor | None = None
+
+    def __call__(self, key: Key, box: Extent) -> Tensor:
+        kind, name = key
+        for state in self._states:
+            tensor = (state.model if kind == MODEL else state.optimizer).get(name)
+            if tensor is not None and (extent := _extent(state, name, tensor)).overlap(box) == box:
+                if self._last is not None and self._last is not tensor:
+                    let_go(self._last.data_ptr(), self._last.numel() * self._last.element_size())
+                self._last = tensor
+                return tensor[box.inside(extent)]
+        raise HiveError(f"{name} is not here although it was said to be", "see the node's log")
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -14,9 +14,11 @@ import pytest
 
 from coordinator.bundle import bundle
 from coordinator.jobfile import read_job
+from protos.jobspec import dump
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(ROOT.glob("examples/*/*.yaml"))
+DIRECTORIES = [ROOT / "examples" / "bert" / "bert.yaml"]  # whose model has no Python file
+EXAMPLES = [path for path in sorted(ROOT.glob("examples/*/*.yaml")) if path not in DIRECTORIES]
 HIVE = [sys.executable, "-m", "coordinator.cli.main"]
 
 BUILD = """
@@ -27,6 +29,26 @@ net = getattr(model, sys.argv[2])(**json.loads(sys.argv[3]))
 shape = json.loads(sys.argv[4])
 rows = torch.zeros(shape, dtype=torch.long) if sys.argv[5] == "tokens" else torch.rand(shape)
 print(json.dumps(list(net(rows).shape)))
+"""
+
+TRAIN = """
+import json, sys, torch
+from pathlib import Path
+from protos.jobspec import parse
+from strategies import model_torch
+from strategies.data.opening import open_splits
+torch.set_num_threads(1)
+plan = json.loads(sys.argv[1]); folder = Path(plan["folder"]); spec = parse(plan["spec"])
+model = model_torch.build(spec.model, folder, folder / spec.model.source, 0).train()
+rows = open_splits(spec.data, None, folder, loss="cross_entropy").train
+optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.optimizer.lr)
+losses = []
+for start in range(0, 32 * 24, 32):
+    batch = rows.batch(torch.arange(start, start + 32).numpy())
+    logits = model(**{name: torch.from_numpy(value) for name, value in batch.features.items()}).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.target))
+    optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
+print(json.dumps([sum(p.numel() for p in model.parameters()), sum(losses[:4]) / 4, sum(losses[-4:]) / 4]))
 """
 
 
@@ -53,6 +75,21 @@ def test_an_example_bundles_and_its_model_fits_its_data(path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
+
+
+@pytest.mark.slow
+def test_bert_learns_its_topics_from_its_configuration_alone() -> None:
+    pytest.importorskip("transformers", reason="needs the extra hf: pip install 'hive[hf]'")
+    made = bundle(read_job(DIRECTORIES[0]), DIRECTORIES[0].parent)
+    assert made.code is not None and [entry.path for entry in made.code.files] == ["topics.py"]
+    assert made.weights is not None and [entry.path for entry in made.weights.files] == ["config.json"]
+    plan = {"spec": json.loads(dump(made.spec)), "folder": str(DIRECTORIES[0].parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, json.dumps(plan)], capture_output=True, text=True, timeout=90, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    parameters, before, after = json.loads(done.stdout)
+    assert 900_000 < parameters < 1_100_000 and after < before - 0.1
 
 
 def test_the_csv_is_what_its_generator_writes(tmp_path: Path) -> None:

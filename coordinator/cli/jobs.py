@@ -44,7 +44,7 @@ def explain(job: str, as_json: bool) -> None:
     if document.get("model"):
         click.echo(render.model(document["model"]))
     if document.get("plan"):
-        click.echo(render.plan(document["plan"], document.get("measured")))
+        click.echo(render.plan(document["plan"], document.get("measured"), document.get("names")))
     else:
         click.echo("no plan was made yet")
 

@@ -105,9 +105,23 @@ def model(row: Mapping[str, Any]) -> str:
     return "model     " + ", ".join(part for part in parts if part)
 
 
-def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> str:
-    """The choice and why, what was considered, the subtasks; with `measured`, what came of the chosen one beside it."""
-    row = safe(row)
+def named(value: Any, names: Mapping[str, str]) -> Any:
+    """The same with every node id replaced by the node's name, also where it is a key."""
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, Mapping):
+        return {named(key, names): named(each, names) for key, each in value.items()}
+    return [named(each, names) for each in value] if isinstance(value, list) else value
+
+
+def plan(
+    row: Mapping[str, Any], measured: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None
+) -> str:
+    """The choice and why, what was considered, the subtasks; with `measured`, what came of the chosen one beside it.
+
+    `names`: node id -> name; a node of an old plan that has left keeps its id.
+    """
+    row = safe(named(row, names or {}))
     chosen = row.get("strategy")
     lines = [f"plan      {row.get('id')}", f"strategy  {chosen}", f"because   {row.get('reason')}", ""]
     cells = []
@@ -129,6 +143,8 @@ def plan(row: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> s
     lines.append(table(["CANDIDATE", "NODES", "TIME", "STEP", "BYTES", "MEMORY", "Q", "SEEN", "WHY (NOT)"], cells))
     if measured is not None:
         lines += ["", "measured  " + _measured(measured)]
+        lines += ["", beside] if (beside := comparison(measured.get("nodes") or {})) else []
+    lines += ["", corrections] if (corrections := _corrections(row)) else []
     lines += ["", _subtasks(row)]
     for part in (_links(row), _spares(row)):
         lines += ["", part] if part else []
@@ -182,13 +198,48 @@ def _spares(row: Mapping[str, Any]) -> str:
     """What was planned beforehand for the loss of nodes."""
     said = []
     for each in row.get("spares") or ():
-        lost = " and ".join(each.get("lost") or ())
+        lost = " and ".join(each.get("lost") or ()) + (" are" if len(each.get("lost") or ()) > 1 else " is")
         if each.get("strategy"):
             where = ", ".join(each.get("nodes") or ())
-            said.append(f"if {lost} is lost: {each['strategy']} on {where}, {human_seconds(each.get('seconds'))}")
+            said.append(f"if {lost} lost: {each['strategy']} on {where}, {human_seconds(each.get('seconds'))}")
         else:
-            said.append(f"if {lost} is lost: waits ({each.get('reason')})")
+            said.append(f"if {lost} lost: waits ({each.get('reason')})")
     return "\n".join(said)
+
+
+def comparison(by_node: Mapping[str, Any]) -> str:
+    """Per node: predicted, measured, and how many times more was measured. "" without nodes."""
+    kinds = [
+        ("step", "step_s", human_seconds),
+        ("of it computing", "compute_s", human_seconds),
+        ("bytes sent", "bytes", human_bytes),
+        ("memory", "memory_bytes", human_bytes),
+    ]
+    cells = []
+    for name, sides in safe(by_node).items():
+        predicted, measured = sides.get("predicted") or {}, sides.get("measured") or {}
+        for what, key, form in kinds:
+            before, after = predicted.get(key), measured.get(key)
+            if before or after:
+                ratio = f"{after / before:.2f}" if before and after else None
+                cells.append((name, what, form(before), form(after), ratio))
+    return table(["NODE", "OF A STEP", "PREDICTED", "MEASURED", "RATIO"], cells) if cells else ""
+
+
+def _corrections(row: Mapping[str, Any]) -> str:
+    """What earlier jobs have changed in the prediction of the chosen plan."""
+    estimate = row.get("estimate") or {}
+    basis = estimate.get("basis") or {}
+    said = []
+    for node, rank in {each.get("node_id"): each for each in estimate.get("ranks") or ()}.items():
+        factors = rank.get("learned") or {}
+        work, overhead = factors.get("work", 1.0), factors.get("overhead", 1.0)
+        if (work, overhead) != (1.0, 1.0):
+            said.append(f"{node} takes {work:.2f} times as long ({rank.get('family')}, each pass {overhead:.2f})")
+    if basis.get("remembered"):
+        modelled = human_seconds(basis.get("modelled_step_s"))
+        said.append(f"this very job ran before: its step is taken instead of {modelled} by the formulas")
+    return f"learned   {'; '.join(said)}" if said else ""
 
 
 def _measured(measured: Mapping[str, Any]) -> str:

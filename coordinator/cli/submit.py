@@ -41,7 +41,7 @@ def plan(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     if document.get("model"):
         click.echo(render.model(document["model"]))
-    click.echo(render.plan(document["plan"]))
+    click.echo(render.plan(document["plan"], names=document.get("names")))
 
 
 @click.command()

@@ -86,8 +86,8 @@ def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: T
 
 
 def _elsewhere(fault: Fault) -> bool:
-    """Whether a retryable fault lies in what this node has or lacks: disk, memory, the job's data."""
-    return fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY, Reason.DATA_UNUSABLE)
+    """Whether a retryable fault lies in what this node has or lacks: disk, memory, the job's data, a package."""
+    return fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY) or fault.lacking
 
 
 def regroup(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:

@@ -83,7 +83,7 @@ def _directory_hint(path: Path) -> str:
     if "saved_model.pb" in names:
         return "a TensorFlow SavedModel is not trained by hive: rebuild the model in PyTorch"
     if "config.json" in names:
-        return "a Hugging Face directory is not trained yet: give a Python entry point and its model.safetensors"
+        return "it is a Hugging Face directory: give it as model.source of a job"
     return "name the file in it: a .safetensors file, a PyTorch state dict, or FILE.py:FUNCTION"
 
 

@@ -7,19 +7,22 @@ confined child (child.py); in-process it is safe from code, not from a file made
 from __future__ import annotations
 
 import ast
+import json
 import warnings
 from dataclasses import replace
 from typing import BinaryIO
 
 from coordinator.identify import pytorch_file, safetensors_header
-from coordinator.identify.tensors import WHAT_HIVE_TRAINS, foreign, profile_of, unusable
+from coordinator.identify.tensors import MAX_NAME_CHARACTERS, WHAT_HIVE_TRAINS, foreign, profile_of, unusable
 from protos.model import ModelProfile
+from strategies.hugging_face import check_config
 
 HEAD_BYTES = 4096
 MAX_SOURCE_BYTES = 1024 * 1024
 
 WEIGHT_FORMATS = frozenset({"safetensors", "pytorch_state_dict", "pytorch_legacy", "pytorch_checkpoint"})
 PYTHON_SOURCE = "python_source"
+HUGGING_FACE = "hugging_face"
 
 _MAGIC: tuple[tuple[bytes, int, str, str, str], ...] = (
     (b"GGUF", 0, "gguf", "gguf", "GGUF is for inference, usually quantised: start from the original safetensors"),
@@ -65,6 +68,20 @@ def identify(file: BinaryIO) -> ModelProfile:
     return _text(file, size)
 
 
+def _configuration(source: str, size: int) -> ModelProfile:
+    """The config.json of a Hugging Face directory; what else it says is found out on a node, by building it."""
+    try:
+        content = json.loads(source)
+    except (ValueError, RecursionError):
+        raise unusable("the text starts like JSON and is none") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise unusable("a JSON file describes a model but is not one")
+    check_config(content)
+    why_not = "name the directory that it lies in: model: {source: DIRECTORY}; it is identified on a node"
+    profile = foreign("pytorch", HUGGING_FACE, size, why_not, architecture=content["model_type"][:MAX_NAME_CHARACTERS])
+    return replace(profile, trainable=True)
+
+
 def _onnx(head: bytes) -> bool:
     """An ONNX ModelProto starts with ir_version (field 1, a small number), then the producer, a domain or the graph."""
     return len(head) > 3 and head[0] == 0x08 and 0 < head[1] < 32 and head[2] in (0x12, 0x1A, 0x22, 0x2A, 0x3A, 0x42)
@@ -82,7 +99,7 @@ def _text(file: BinaryIO, size: int) -> ModelProfile:
     if "\0" in source:
         raise unknown
     if source.lstrip().startswith("{"):
-        raise unusable("a JSON file describes a model but is not one")
+        return _configuration(source, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the user's escapes and comparisons

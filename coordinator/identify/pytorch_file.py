@@ -10,6 +10,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from coordinator.identify import pickle_walk
@@ -32,6 +33,7 @@ LEGACY_HEAD = b"\x80\x02\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little")
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model_state", "model", "module", "net", "network", "weights")
 _OPTIMIZER_KEYS = ("optim", "scheduler", "scaler")
 _MAX_DEPTH = 6
+EXPORTED = "pytorch_export"
 
 WEIGHTS_ONLY = "a file of weights has no architecture; " + WHAT_HIVE_TRAINS
 _PICKLED = (
@@ -53,7 +55,8 @@ def identify_zip(file: BinaryIO, size: int) -> ModelProfile:
         raise unusable("the zip archive lists too many entries or one entry twice", _DAMAGED)
     if known := _other_archive(set(names)):
         framework, file_format, why_not = known
-        return foreign(framework, file_format, size, why_not)
+        profile = foreign(framework, file_format, size, why_not)
+        return replace(profile, trainable=file_format == EXPORTED)
     pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         return foreign("unknown", "zip", size, "a zip archive without a PyTorch data.pkl; " + WHAT_HIVE_TRAINS)
@@ -209,8 +212,13 @@ def _other_archive(names: set[str]) -> tuple[str, str, str] | None:
     leaves = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in leaves and any("code/" in name for name in names):
         return "pytorch", "torchscript", _convert("TorchScript")
-    if "serialized_exported_program.json" in leaves or any(name.endswith("archive_format") for name in names):
-        return "pytorch", "pytorch_export", _convert("a torch.export program")
+    if "serialized_exported_program.json" in leaves:
+        again = "load it with the torch that wrote it, and write it with torch.export.save of torch 2.10 or newer"
+        return "pytorch", "pytorch_export_old", f"a torch.export program of an older torch: {again}"
+    if "archive_format" in leaves and "models/model.json" in leaves:
+        return "pytorch", EXPORTED, "a torch.export program; what it holds is found out on a node"
+    if "archive_format" in leaves:
+        return "pytorch", "pt2", _convert("a compiled package")
     if "model.weights.h5" in leaves and "config.json" in leaves:
         return "keras", "keras", "Keras is not trained by hive: rebuild the model in PyTorch. " + WHAT_HIVE_TRAINS
     if "schema.json" in leaves and not any(name.endswith("data.pkl") for name in names):

@@ -20,7 +20,8 @@ MAX_LAYERS_LISTED = 4_000
 
 WHAT_HIVE_TRAINS = (
     "hive trains a Python entry point: model: {source: model.py:build}, where build() returns a torch.nn.Module, "
-    "optionally starting from model.weights: a .safetensors file or a PyTorch state dict"
+    "optionally starting from model.weights: a .safetensors file or a PyTorch state dict; a Hugging Face directory; or "
+    "a .pt2 file of torch.export"
 )
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq")

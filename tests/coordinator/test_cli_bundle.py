@@ -238,3 +238,30 @@ def test_the_lines_that_load_a_model_are_exact(tmp_path: Path) -> None:
     assert str(tmp_path / "code" / "src") in lines[0]
     assert lines[2] == f"safetensors.torch.load_model(model, {str(tmp_path / 'model.safetensors')!r})"
     assert load_lines(tmp_path / "none", None) == []
+    exported = load_lines(tmp_path, {"source": "net.pt2", "args": {}})
+    assert "torch.export.load('net.pt2').module()" in exported[1]
+    bert = {"source": "tiny", "args": {"task": "masked_lm", "hidden_dropout_prob": 0.0}}
+    config = "transformers.AutoConfig.from_pretrained('tiny', hidden_dropout_prob=0.0)"
+    assert config in load_lines(tmp_path, bert)[1]
+    assert "model = transformers.AutoModelForMaskedLM.from_config(config)" in load_lines(tmp_path, bert)[1]
+
+
+def test_a_hugging_face_directory_travels_in_the_place_of_weights(tmp_path: Path) -> None:
+    job = "model: {source: bert}\ndata: {source: train.csv, target: y}\n"
+    names = {"job.yaml": job, "bert/config.json": "{}", "bert/model.safetensors": "w", "bert/modeling.py": "boom"}
+    folder_of(tmp_path, {**names, "bert/vocab.txt": "a", "train.csv": "x,y\n1,2\n"})
+    made = bundle(read_job(tmp_path / "job.yaml"), tmp_path)
+    assert paths(made, "weights") == ["config.json", "model.safetensors"] and made.code is None
+    none = bundle(read_job(tmp_path / "job.yaml", ["model.weights=none"]), tmp_path)
+    assert paths(none, "weights") == ["config.json"]
+    (tmp_path / "bert" / "config.json").unlink()
+    with pytest.raises(SpecError, match=r"has no config\.json"):
+        bundle(read_job(tmp_path / "job.yaml"), tmp_path)
+
+
+def test_a_pt2_file_is_the_model_and_brings_its_weights(tmp_path: Path) -> None:
+    job = "model: {source: models/m.pt2}\ndata: {source: train.csv, target: y}\n"
+    folder_of(tmp_path, {"job.yaml": job, "models/m.pt2": "x", "train.csv": "x,y\n1,2\n"})
+    assert paths(bundle(read_job(tmp_path / "job.yaml"), tmp_path), "weights") == ["m.pt2"]
+    with pytest.raises(SpecError, match=r"model\.weights: only for a model that is Python source"):
+        bundle(read_job(tmp_path / "job.yaml", ["model.weights=w.safetensors"]), tmp_path)

@@ -273,6 +273,16 @@ def test_a_node_whose_disk_was_full_is_avoided_while_another_is_free() -> None:
     assert [attempt.node_id for attempt in bench.job().attempts] == ["b"]
 
 
+def test_a_node_without_a_package_of_the_model_is_avoided() -> None:
+    bench = Bench()
+    bench.running("a")
+    lacks = Fault(Reason.MODEL_UNUSABLE, Blame.NODE, "no transformers", "pip install 'hive[hf]'", retryable=True)
+    bench.fail(0, fault=lacks)
+    bench.connect("b")
+    bench.wait(TIMING.backoff_s(0) + 1.0, heard=("a", "b"))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["b"]
+
+
 NO_DATA = Fault(Reason.DATA_UNUSABLE, Blame.NODE, "x.npz is not at /share/x.npz", "mount it", retryable=True)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from test_planner import DATA, job, model
 
@@ -195,6 +197,52 @@ def test_weights_that_hold_none_are_refused_at_the_door(tmp_path: Path) -> None:
         spec = job(model={"source": "model.py:build", "weights": "whole.pt"})
         with pytest.raises(SpecError, match=r"whole\.pt is pickled_module, which holds no weights"):
             await house.identifier.check_file(Submission(spec, None, None, None, Manifest((entry,))))
+
+    run(tmp_path, body)
+
+
+def directory(folder: Path, config: dict[str, object], **files: bytes) -> Manifest:
+    """The manifest of a Hugging Face directory, its files where the coordinator keeps them."""
+    contents = {"config.json": json.dumps(config).encode(), **{f"{name}.safetensors": files[name] for name in files}}
+    entries = []
+    for name, content in contents.items():
+        entries.append(FileEntry(name, digest_bytes(content), len(content)))
+        (folder / entries[-1].digest).write_bytes(content)
+    return Manifest(tuple(entries))
+
+
+def test_a_hugging_face_directory_passes_and_what_brings_code_is_refused_at_the_door(tmp_path: Path) -> None:
+    weights = safetensors.torch.save({"weight": torch.zeros(2)})
+
+    async def body(house: House) -> None:
+        def given(config: dict[str, object], **files: bytes) -> Submission:
+            return Submission(job(model={"source": "bert"}), None, None, None, directory(tmp_path, config, **files))
+
+        await house.identifier.check_file(given({"model_type": "bert"}, model=weights))
+        with pytest.raises(SpecError, match="its own code") as refused:
+            await house.identifier.check_file(given({"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}))
+        assert refused.value.exit_code == 3
+        with pytest.raises(SpecError, match="describes a model but is not one"):
+            await house.identifier.check_file(given({"hidden_size": 3}))
+        with pytest.raises(SpecError, match="does not fit in a file"):
+            await house.identifier.check_file(given({"model_type": "bert"}, model=weights[:20]))
+        with pytest.raises(SpecError, match=r"model\.safetensors is pickle, not safetensors"):
+            await house.identifier.check_file(given({"model_type": "bert"}, model=b"\x80\x02}q\x00."))
+
+    run(tmp_path, body)
+
+
+def test_a_node_without_a_package_of_the_model_is_passed_over(tmp_path: Path) -> None:
+    lacks = failed(Reason.MODEL_UNUSABLE, Blame.NODE, retryable=True)
+
+    async def body(house: House) -> None:
+        a, b, c = (house.node(name, lacks) for name in "abc")
+        assert await house.identify(a, b, c, house.node("d", KNOWS)) == FOUND
+        assert house.asked == ["a", "b", "c", "d"]
+        other = Submission(job(model={"source": "other"}), None, None, None, None)
+        with pytest.raises(Refusal, match="it did not work") as refused:
+            await house.identify(a, b, submission=other)
+        assert (refused.value.reason, refused.value.blame) == (Reason.MODEL_UNUSABLE, Blame.NODE)
 
     run(tmp_path, body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -201,6 +202,32 @@ def test_what_is_not_a_regular_file_is_refused_without_blocking(tmp_path: Path) 
     (tmp_path / "empty.pt").touch()
     with pytest.raises(SpecError, match="is empty"):
         identify(tmp_path / "empty.pt")
+
+
+def test_a_torch_export_program_is_left_to_a_node(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("batch")},)
+        torch.export.save(torch.export.export(nn.Linear(2, 3), (torch.zeros(4, 2),), dynamic_shapes=shapes), path)
+    profile = identify(path)
+    assert (profile.format, profile.trainable) == ("pytorch_export", True)
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr("serialized_exported_program.json", "{}")
+    old = identify(tmp_path / "old.pt2")
+    assert not old.trainable and "older torch" in old.why_not
+    with zipfile.ZipFile(tmp_path / "compiled.pt2", "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+    assert not identify(tmp_path / "compiled.pt2").trainable
+
+
+def test_a_configuration_is_known_and_one_that_brings_code_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    profile = identify(tmp_path / "config.json")
+    assert (profile.format, profile.trainable) == ("hugging_face", True)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}')
+    with pytest.raises(SpecError, match="its own code"):
+        identify(tmp_path / "config.json")
 
 
 def test_a_huggingface_folder_gets_its_own_advice(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class Cluster:
     address: str = ""
     token: str = ""
     session_port: int = 0
+    program: str = "coordinator.cli.main"  # the module that starts the coordinator
 
     def environment(self, home: Path) -> dict[str, str]:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HIVE_")}
@@ -109,7 +110,7 @@ class Cluster:
         """The first start takes free ports; later ones the same ports again."""
         self.home.mkdir(parents=True, exist_ok=True)
         port, session_port = (self.address.rpartition(":")[2], str(self.session_port)) if self.address else ("0", "0")
-        arguments = ["coordinator.cli.main", "coordinator", "start", "--host", self.host, "--port", port]
+        arguments = [self.program, "coordinator", "start", "--host", self.host, "--port", port]
         arguments += ["--session-port", session_port, "-o", "json", *(flags or ("--no-advertise",))]
         self.coordinator = Process("coordinator", self.home, arguments, self.environment(self.home), prefix or [])
         before = len(self.coordinator.said())

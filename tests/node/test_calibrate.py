@@ -7,14 +7,20 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from node import calibrate
+from node.calibration_run import calibrate_machine
+from node.errands import Errands
+from protos import documents
 from protos.capacity import Calibration, Capacity, DeviceInfo, FamilyRate, Rate
 from protos.errors import Conflict, DeadlineExceeded, SpecError
+from protos.states import AttemptState
+from protos.work import Outcome, Task
 
 CAPACITY = Capacity("host", "m", "linux", "3.11", 2.0, 4, 8 << 30, 16 << 30, 1 << 40)
 
@@ -177,3 +183,32 @@ def test_the_module_needs_neither_torch_nor_numpy() -> None:
     check = "import sys, node.calibrate; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     root = str(Path(calibrate.__file__).parents[1])
     assert subprocess.run([sys.executable, "-c", check], cwd=root, check=False).returncode == 0
+
+
+class Measuring:
+    """Errands that answer with a calibration in CPU time."""
+
+    async def run(self, task: Task, threads: int, device: str) -> Outcome:
+        return Outcome(AttemptState.DONE, document=documents.encode(calibration()).decode())
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "mechanism", "device", "share"),
+    [
+        (0.25, 1, "cgroup2", "cpu", 0.25),
+        (1.5, 2, "duty_cycle", "cpu", 0.75),
+        (2.0, 2, "cgroup1", "cpu", 1.0),
+        (0.25, 1, "none", "cpu", 1.0),
+        (0.25, 1, "cgroup2", "cuda:0", 1.0),
+    ],
+)
+def test_what_was_measured_in_cpu_time_is_slowed_by_the_cap(
+    tmp_path: Path, cores: float, threads: int, mechanism: str, device: str, share: float
+) -> None:
+    capacity = dataclasses.replace(CAPACITY, cores=cores, cpu_mechanism=mechanism)
+    cache, errands = calibrate.CalibrationCache(tmp_path), cast(Errands, Measuring())
+    found = asyncio.run(calibrate_machine(capacity, cache, errands, threads, device))
+    assert found.flops["fp32"].p50 == pytest.approx(share * 0.5e9)
+    assert found.memory_bandwidth.best == pytest.approx(share * 1e9)
+    assert found.families["matmul"].flops == pytest.approx(share * 1e9)
+    assert found.families["matmul"].overhead_s == pytest.approx(1e-3 / share)

@@ -25,6 +25,7 @@ VALUES = [
 ]
 # A mapping by pairs of nodes stays inside the coordinator: it never becomes a document.
 VALUES.remove(plan.ClusterView)
+VALUES.remove(plan.Learned)
 SPEC = jobspec.parse({"model": {"source": "model.py:build"}, "data": {"source": "builtin:digits"}})
 st.register_type_strategy(jobspec.JobSpec, st.just(SPEC))
 st.register_type_strategy(

@@ -41,9 +41,10 @@ def test_a_step_is_three_forward_passes_at_the_rate_of_each_family_plus_what_is_
     """a + 3 f b / F: 3 * (1e9 / 1e10 + 1e9 / 5e9) = 0.9 s a sample; the convolutions take most, so theirs is a."""
     node = cost.speed(profile(layer("Linear", 1e9), layer("Conv2d", 1e9)), capacity(), TrainSpec())
     assert node.seconds_per_sample == pytest.approx(0.9)
-    assert node.overhead_s == 0.002
+    weights_s = 12 * 1000 / 1e10  # read forward and backward, the gradient written
+    assert node.overhead_s == pytest.approx(0.002 + weights_s)
     assert node.optimizer_s == pytest.approx(1000 * 28 / 1e10)  # Adam moves 28 B a parameter
-    assert node.step_s(2, 3) == pytest.approx(3 * 0.002 + 1.8 + node.optimizer_s)
+    assert node.step_s(2, 3) == pytest.approx(3 * (0.002 + weights_s) + 1.8 + node.optimizer_s)
 
 
 def test_a_tiny_model_runs_at_the_rate_measured_for_tiny_models() -> None:
@@ -124,10 +125,20 @@ def test_memory_per_parameter_follows_the_optimizer(optimizer: dict[str, Any], e
     assert memory.bytes_per_parameter(OptimizerSpec(**optimizer)) == expected
 
 
+def test_a_pass_through_many_layers_costs_more_than_one_through_few() -> None:
+    """Overheads are measured with a few layers of a family: a pass through twice as many costs twice as much."""
+    few, many = (
+        cost.speed(profile(*[layer("Linear", 1e9)] * count), capacity(), TrainSpec()).overhead_s
+        for count in (cost.CALIBRATED_LAYERS["matmul"], 2 * cost.CALIBRATED_LAYERS["matmul"])
+    )
+    weights_s = 12 * 1000 / 1e10
+    assert many - weights_s == pytest.approx(2 * (few - weights_s))
+
+
 def test_data_parallel_keeps_four_more_bytes_a_parameter() -> None:
     model, adam = profile(layer("Linear", 1.0), parameters=10**6), OptimizerSpec()
     more = memory.worker_bytes(model, adam, 1, 2) - memory.worker_bytes(model, adam, 1, 1)
-    assert more == 4 * 10**6
+    assert more == 4 * 10**6 + memory.GROUP_BYTES
     assert memory.worker_bytes(model, adam, 1, 8) == memory.worker_bytes(model, adam, 1, 2)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from protos.jobspec import BUILT_STRATEGIES, StrategyName, parse
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
 from protos.plan import ClusterView, DataProfile, NodeView
 from protos.states import Activity, Eligibility, NodeLink
-from strategies.base import Inputs
+from strategies.base import Inputs, Strategy
 from strategies.data_parallel import DataParallel
 from strategies.links import link_between, median_rtt_s, trusted_groups
+from strategies.model_parallel import ModelParallel
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.registry import BUILT
 from strategies.single_node import SingleNode
@@ -170,7 +172,7 @@ def test_an_accumulation_the_job_sets_is_kept_or_refused() -> None:
 def test_a_model_over_the_memory_of_every_node_is_masked_with_the_numbers() -> None:
     inputs = ask(node("a", memory_bytes=GIB), node("b", memory_bytes=2 * GIB), profile=model(parameters=10**9))
     (reason,) = SingleNode().feasible(inputs)
-    assert "needs 15.1 GiB for one sample at a time, 85 % of what b grants is 1.7 GiB" in reason
+    assert "needs 15.2 GiB for one sample at a time, 85 % of what b grants is 1.7 GiB" in reason
     assert "needs 18.9 GiB" in DataParallel().feasible(inputs)[0]
 
 
@@ -179,7 +181,7 @@ def test_memory_of_a_small_node_pushes_its_samples_to_the_others() -> None:
     nodes = (node("small", memory_bytes=GIB), node("large", memory_bytes=16 * GIB))
     profile = model(activation=1e8)
     fixed = DataParallel().estimate(ask(*nodes, profile=profile, train={"batch_size": 64, "accumulate": 1}))
-    assert [p.samples for p in fixed.placements] == [58, 6]
+    assert [p.samples for p in fixed.placements] == [59, 5]
     auto = DataParallel().estimate(ask(*nodes, profile=profile))
     assert max(auto.accumulate) > 1
     assert max(p.samples for p in auto.placements) <= 33
@@ -218,6 +220,22 @@ def test_unmeasured_links_fall_back_to_what_is_known_and_measured_ones_win() -> 
     assert link_between(ClusterView(()), a, capped).bytes_per_s == 1e5
     assert median_rtt_s(ClusterView(()), [a]) == 0.0
     assert median_rtt_s(measured, [a, b]) == 0.02
+
+
+@pytest.mark.parametrize(
+    ("strategy", "named"),
+    [(DataParallel(), "data_parallel"), (ModelParallel(), {"model_parallel": {"kind": "sharded"}})],
+)
+def test_a_quick_node_behind_a_slow_link_is_left_out(strategy: Strategy, named: Any) -> None:
+    """Every prefix of the nodes by speed would hold it."""
+    nodes = [node("quick", gflops=14.0), node("b"), node("c"), node("d")]
+    links = {
+        (a.node_id, b.node_id): LinkEstimate(0.001, 2.5e6 if "quick" in (a.name, b.name) else 117e6, LAN)
+        for a, b in combinations(sorted(nodes, key=lambda each: each.node_id), 2)
+    }
+    inputs = ask(*nodes, links=links, strategy=named, profile=model(10_000_000))
+    assert not strategy.feasible(inputs)
+    assert set(strategy.estimate(inputs).nodes) == {NodeId(name) for name in "bcd"}
 
 
 def test_equal_machines_get_equal_slices_although_their_measurements_differ_a_little() -> None:

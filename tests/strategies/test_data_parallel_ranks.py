@@ -20,6 +20,7 @@ from engine_jobs import MLP, gpt_job, mlp_job, plain_torch
 from protos.errors import Blame
 from protos.states import AttemptState, Reason
 from protos.work import Outcome
+from strategies.model_torch import build
 
 SLOW_MLP = MLP.replace(
     "        return self.second(", "        import time\n        time.sleep(0.01)\n        return self.second("
@@ -214,3 +215,21 @@ def test_a_group_that_does_not_form_reports_what_the_node_already_holds(tmp_path
     outcome = rank.outcome(10)
     assert outcome.held_step == paused.held_step
     assert outcome.samples == paused.samples
+
+
+@pytest.mark.slow
+def test_the_norms_of_an_exported_model_are_averaged_as_those_of_its_source(tmp_path: Path, cluster: Cluster) -> None:
+    """A graph has no modules of a norm's class any more."""
+    job = mlp_job(tmp_path, steps=10, test_rows=37, norm=True)
+    module = build(job.spec.model, job.folder / "code", None, 0)
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    exported = torch.export.export(module, (torch.zeros(4, 8),), dynamic_shapes=({0: rows},))
+    torch.export.save(exported, job.folder / "code" / "net.pt2")
+    graph = Job(tmp_path, {**job.document, "model": {"source": "net.pt2"}}, {}, job.data, job.test)
+    from_source, from_graph = cluster.run(job, (20, 12), 1), cluster.run(graph, (20, 12), 2)
+    assert [outcome.state for outcome in (*from_source, *from_graph)] == [AttemptState.DONE] * 4, from_graph
+    assert from_graph[0].metrics["test_loss"] == pytest.approx(from_source[0].metrics["test_loss"], abs=1e-5)
+    trained, expected = weights(job, attempt="2"), weights(job, attempt="1")
+    assert all(
+        torch.allclose(trained[name], expected[name], atol=1e-5) for name in ("norm.running_mean", "norm.running_var")
+    )

@@ -12,7 +12,7 @@ from test_cost_strategies import GIB, ask, node
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
 from strategies.base import Inputs, PlacedEstimate
 from strategies.blocks import blocks_of, gathered_parameters
-from strategies.memory import RESERVE_BYTES, recomputed_sample_bytes, sample_bytes
+from strategies.memory import recomputed_sample_bytes, sample_bytes, shard_reserve_bytes
 from strategies.model_parallel import GATHERED_BYTES, ModelParallel
 from strategies.single_node import SingleNode
 
@@ -64,7 +64,7 @@ def test_blocks_are_members_of_lists_and_the_rest_is_the_root() -> None:
 
 def test_a_model_larger_than_any_node_is_sharded_over_all_of_them() -> None:
     """810 million parameters with Adam are 12.1 GiB; each node grants 8 GiB."""
-    placed = M.estimate(ask(*(node(name) for name in "abc"), profile=transformer()))
+    placed = M.estimate(ask(*(node(name) for name in "abc"), profile=transformer(), **forced()))
     assert placed.layout is not None and placed.layout.sharded
     assert len(placed.placements) >= 2
     assert all(need <= 0.85 * 8 * GIB for need in placed.cost.memory_bytes.values())
@@ -78,7 +78,7 @@ def test_a_model_larger_than_any_node_is_sharded_over_all_of_them() -> None:
 def test_memory_of_a_shard_is_exact() -> None:
     profile = transformer(10, 60_000_000)
     placed = M.estimate(ask(node("a"), node("b"), profile=profile, **forced(ranks=2)))
-    fixed = 16 * profile.parameters / 2 + GATHERED_BYTES * 120_000_000 + RESERVE_BYTES
+    fixed = 16 * profile.parameters / 2 + GATHERED_BYTES * 120_000_000 + shard_reserve_bytes()
     assert set(placed.accumulate) == {1}
     assert placed.cost.memory_bytes["a"] == pytest.approx(fixed + 32 * sample_bytes(profile), rel=1e-6)
 

@@ -105,7 +105,7 @@ def test_without_a_cap_nothing_waits_or_reads_a_clock() -> None:
 def test_a_group_that_is_broken_while_it_waits_sends_nothing() -> None:
     clock = Clock()
     group, backend = group_of(2, clock, 1.0)
-    group._sockets = frozenset()
+    group._connections = frozenset()
     group.broken = Broken(clock, during=group.break_group)
     with pytest.raises(PeerLost, match="waited for its upload cap"):
         group.all_reduce(torch.zeros(1_000_000))

@@ -89,3 +89,27 @@ class Sleeps(nn.Module):
 
 def sleeps() -> nn.Module:
     return Sleeps()
+
+
+def tower(width: int = 1024, depth: int = 4) -> nn.Module:
+    """`depth` layers of width x width: as large as asked for."""
+    layers: list[nn.Module] = [nn.Linear(64, width), nn.Tanh()]
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+class Reader(nn.Module):
+    """Reads an 8 x 8 picture row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.LSTM(8, 32, batch_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rows(x.view(-1, 8, 8))[0][:, -1])
+
+
+def reader() -> nn.Module:
+    return Reader()

@@ -1,0 +1,187 @@
+"""What finished jobs teach about predictions: pure bookkeeping over `outcome` events, in the order of the log.
+
+Owns averages of ln(measured / predicted) and what planners make of them (protos.plan.Learned): per node, family of
+layers and kind of work; per node, model and kind of work; per network and kind of work; and the step that a combination
+of job and placement took. docs/planner.md says how a prediction is put together. Refuses outcomes that teach nothing
+and those of another cost model. Bounded: what was not seen for longest is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from protos.ids import NodeId
+from protos.plan import Factors, Learned, Plan, RankCost, Work
+from protos.work import Usage
+from strategies.cost import COST_MODEL_VERSION
+
+LIMIT = 2.0  # of a logarithm: further off, something else was wrong
+LEAST_WEIGHT = 0.1  # of a new outcome
+FIRST_WEIGHT = 0.5  # of the very first: half way from what the formulas say
+NOTICEABLE = 0.02  # of a step: shorter waits say nothing about a network
+LEAST_SHARE = 0.1  # of a predicted part that is left when the other part explains all that was measured
+MOST_KEYS = 10_000  # of each kind
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """Exponentially weighted mean and variance of logarithms: 1/n at first, never less than LEAST_WEIGHT."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+
+    def with_(self, value: float, first: float = FIRST_WEIGHT) -> Average:
+        weight = first if not self.count else max(LEAST_WEIGHT, 1 / (self.count + 1))
+        off = value - self.mean
+        return Average(self.mean + weight * off, (1 - weight) * (self.variance + weight * off * off), self.count + 1)
+
+    @property
+    def factor(self) -> float:
+        return math.exp(self.mean)
+
+
+@dataclass(slots=True)
+class Speeds:
+    """`apply` outcomes, ask `learned`. Keys of `_speeds` end with the part of the time: work or overhead."""
+
+    _speeds: dict[tuple[str, str, str, str], Average] = field(default_factory=dict)
+    _models: dict[tuple[str, str, str], Average] = field(default_factory=dict)
+    _networks: dict[tuple[str, str], Average] = field(default_factory=dict)
+    _steps: dict[str, Average] = field(default_factory=dict)
+    _made: Learned | None = None
+
+    def apply(self, payload: Mapping[str, Any]) -> bool:
+        """One outcome; True when it taught something. Raises KeyError, TypeError, ValueError for one that is odd."""
+        if not payload["counted"] or "basis" not in payload or payload["cost_model_version"] != COST_MODEL_VERSION:
+            return False
+        self._made = None
+        basis, step_s = payload["basis"], float(payload["measured_step_s"])
+        work = Work(basis["work"]).value
+        for rank in payload["ranks"]:
+            self._rank(rank, work, str(basis["model"]))
+        if (network := payload.get("network")) is not None:
+            factor = float(network["measured_s"]) / max(float(network["predicted_s"]), 1e-9)
+            key = (str(network["name"]), work)
+            before = self._networks.get(key, Average())
+            _put(self._networks, key, before.with_(_clipped(math.log(factor) + before.mean)))
+        key_of_steps = str(basis["combination"])
+        known = self._steps.get(key_of_steps, Average())
+        _put(self._steps, key_of_steps, known.with_(math.log(step_s), first=1.0))
+        return True
+
+    def _rank(self, rank: Mapping[str, Any], work: str, model: str) -> None:
+        node, measured_s = str(rank["node"]), float(rank["measured_s"])
+        if not measured_s > 0:
+            return
+        factors = Factors(float(rank["work_factor"]), float(rank["overhead_factor"]))
+        overhead_s = float(rank["overhead_s"]) / factors.overhead
+        work_s = max(0.0, float(rank["predicted_s"]) - float(rank["overhead_s"])) / factors.work
+        of_model = (node, model, work)
+        total = _clipped(math.log(measured_s / (overhead_s + work_s)))
+        _put(self._models, of_model, self._models.get(of_model, Average()).with_(total, first=1.0))
+        family = str(rank["family"])
+        now = {part: self._speeds.get((node, family, work, part), Average()) for part in ("work", "overhead")}
+        if overhead_s > work_s:
+            part, own_s, others_s = "overhead", overhead_s, work_s * now["work"].factor
+        else:
+            part, own_s, others_s = "work", work_s, overhead_s * now["overhead"].factor
+        value = _clipped(math.log(max(measured_s - others_s, LEAST_SHARE * measured_s) / own_s))
+        _put(self._speeds, (node, family, work, part), now[part].with_(value))
+
+    def learned(self) -> Learned:
+        """For planners; the same object until something is learned."""
+        if self._made is None:
+            self._made = self._now()
+        return self._made
+
+    def _now(self) -> Learned:
+        speeds: dict[tuple[NodeId, str, Work], Factors] = {}
+        for node, family, work, _ in self._speeds:
+            speeds[NodeId(node), family, Work(work)] = Factors(
+                *(self._speeds.get((node, family, work, part), Average()).factor for part in ("work", "overhead"))
+            )
+        return Learned(
+            speeds,
+            {(NodeId(node), model, Work(work)): each.factor for (node, model, work), each in self._models.items()},
+            {(network, Work(work)): each.factor for (network, work), each in self._networks.items()},
+            {combination: each.factor for combination, each in self._steps.items()},
+        )
+
+    def of_node(self, node_id: NodeId) -> dict[str, Any]:
+        """For people: by family and kind of work, how many times longer than measured at joining, and how sure."""
+        return {
+            f"{family}/{work}/{part}": {
+                "factor": each.factor,
+                "spread": math.sqrt(each.variance),
+                "jobs": each.count,
+            }
+            for (node, family, work, part), each in sorted(self._speeds.items())
+            if node == node_id
+        }
+
+
+def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: float) -> dict[str, Any]:
+    """What `Speeds.apply` reads of an outcome: predicted and measured beside each other. `usages` by rank.
+
+    A rank that shares single layers with others waits where it cannot be told apart from computing: it teaches the step
+    only.
+    """
+    estimate, basis = plan.estimate, plan.estimate.basis
+    if basis is None:
+        return {}
+    said = dict(usages)
+    tensor = plan.layout is not None and plan.layout.tensor > 1
+    pairs = [(rank, said[k]) for k, rank in enumerate(estimate.ranks) if k in said and not tensor]
+    found: dict[str, Any] = {
+        "basis": {
+            "work": basis.work.value,
+            "model": basis.model,
+            "combination": basis.combination,
+            "modelled_step_s": basis.modelled_step_s,
+            "remembered": basis.remembered,
+        },
+        "ranks": [_compared(rank, usage) for rank, usage in pairs],
+    }
+    if len(pairs) > 1 and len(pairs) == len(estimate.ranks):
+        predicted_s = basis.modelled_step_s - max(rank.compute_s for rank, _ in pairs)
+        waited_s = min(usage.step_sync_s for _, usage in pairs)
+        least_s = NOTICEABLE * measured_step_s
+        if max(predicted_s, waited_s) > least_s > 0:
+            found["network"] = {
+                "name": plan.coordination_plan.network,
+                "predicted_s": max(predicted_s, least_s),
+                "measured_s": max(waited_s, least_s),
+            }
+    return found
+
+
+def _compared(rank: RankCost, usage: Usage) -> dict[str, Any]:
+    return {
+        "node": rank.node_id,
+        "family": rank.family,
+        "predicted_s": rank.compute_s,
+        "overhead_s": rank.overhead_s,
+        "measured_s": usage.step_compute_s,
+        "work_factor": rank.learned.work,
+        "overhead_factor": rank.learned.overhead,
+    }
+
+
+def _clipped(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"no logarithm: {value}")
+    return max(-LIMIT, min(LIMIT, value))
+
+
+def _put(averages: dict[K, Average], key: K, value: Average) -> None:
+    """The newest last; the oldest gives way."""
+    averages.pop(key, None)
+    averages[key] = value
+    if len(averages) > MOST_KEYS:
+        del averages[next(iter(averages))]

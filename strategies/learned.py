@@ -1,0 +1,153 @@
+"""Predictions as finished jobs have taught them: pure.
+
+Before a strategy is asked, the measured rates of every node and the links are corrected by what was learned for this
+model, family of layers and kind of work (`corrected`); a step that was measured in the very same combination of job and
+placement then stands in the place of the predicted one (`remembered`). Writes into the estimate under which keys its
+outcome is to be learned. Learning itself is coordinator/speeds.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from itertools import combinations
+from statistics import geometric_mean
+from typing import TYPE_CHECKING
+
+from protos.capacity import Capacity, FamilyRate, LinkEstimate
+from protos.ids import NodeId
+from protos.jobspec import StrategyName, TrainSpec
+from protos.model import ModelProfile
+from protos.plan import Basis, ClusterView, Factors, Learned, NodeView, Work
+from strategies import cost
+from strategies.links import link_between, network_between
+
+if TYPE_CHECKING:
+    from strategies.base import Inputs, PlacedEstimate
+
+WORK_OF = {
+    StrategyName.SINGLE_NODE: Work.WHOLE,
+    StrategyName.DATA_PARALLEL: Work.WHOLE,
+    StrategyName.PIPELINE_PARALLEL: Work.STAGE,
+    StrategyName.MODEL_PARALLEL: Work.SHARD,
+}
+
+
+def corrected(inputs: Inputs, strategy: StrategyName) -> Inputs:
+    """The same question, rates and links as they turned out for this kind of work."""
+    learned, work = inputs.cluster.learned, WORK_OF[strategy]
+    if learned == Learned():
+        return inputs
+    nodes = tuple(_corrected(node, factors_of(inputs, node, work)) for node in inputs.cluster.nodes)
+    links = {**inputs.cluster.links, **_links(inputs.cluster, work)}
+    return replace(inputs, cluster=replace(inputs.cluster, nodes=nodes, links=links))
+
+
+def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -> PlacedEstimate:
+    """The estimate with its keys, and with the measured step where there is one. `inputs` are the uncorrected ones."""
+    estimate, work = placed.cost, WORK_OF[strategy]
+    nodes = {node.node_id: node for node in inputs.cluster.nodes}
+    ranks = tuple(
+        replace(
+            rank,
+            family=family_of(inputs.profile, nodes[rank.node_id].capacity),
+            learned=factors_of(inputs, nodes[rank.node_id], work),
+        )
+        for rank in estimate.ranks
+    )
+    key = combination(inputs, strategy, placed)
+    step_s = inputs.cluster.learned.steps.get(key)
+    basis = Basis(work, model_key(inputs.profile, inputs.spec.train), key, estimate.step_s, step_s is not None)
+    if step_s is None:
+        return replace(placed, cost=replace(estimate, ranks=ranks, basis=basis))
+    steps = cost.assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
+    seconds = max(0.0, estimate.seconds + steps * (step_s - estimate.step_s))
+    return replace(placed, cost=replace(estimate, seconds=seconds, step_s=step_s, ranks=ranks, basis=basis))
+
+
+def factors_of(inputs: Inputs, node: NodeView, work: Work) -> Factors:
+    """What is known of this model on this node, else of its family of layers; else of the family at other kinds of
+    work, so that a way that was never tried looks no better only because the node is slower than when it joined."""
+    learned = inputs.cluster.learned
+    own = learned.models.get((node.node_id, model_key(inputs.profile, inputs.spec.train), work))
+    if own is not None:
+        return Factors(own, own)
+    family = family_of(inputs.profile, node.capacity)
+    known = {kind: found for kind in Work if (found := learned.speeds.get((node.node_id, family, kind))) is not None}
+    if work in known or not known:
+        return known.get(work, Factors())
+    return Factors(
+        geometric_mean(each.work for each in known.values()), geometric_mean(each.overhead for each in known.values())
+    )
+
+
+def family_of(profile: ModelProfile, capacity: Capacity) -> str:
+    """Of the layers in which this node spends most of a sample's time."""
+    seconds = {
+        name: flops / cost.family_rate(capacity, name).flops for name, flops in cost.family_flops(profile).items()
+    }
+    return max(seconds, key=lambda name: seconds[name])
+
+
+def model_key(profile: ModelProfile, train: TrainSpec) -> str:
+    """The same for every job that computes the same: not the name, nor the number of steps."""
+    return _digest(
+        profile.family.value,
+        profile.parameters,
+        profile.flops_per_sample,
+        profile.activation_bytes_per_sample,
+        len(profile.layers),
+        train.optimizer.name,
+        train.precision,
+    )
+
+
+def combination(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -> str:
+    """Of a model, a batch and where each part of it runs; how many samples each rank takes follows from that."""
+    layout = placed.layout
+    shape = (len(layout.stages), layout.replicas, layout.schedule, layout.sharded, layout.tensor) if layout else ()
+    return _digest(
+        model_key(inputs.profile, inputs.spec.train),
+        inputs.spec.train.batch_size,
+        strategy.value,
+        placed.compression,
+        sorted(placed.nodes),
+        shape,
+        max(placed.accumulate),
+        layout.checkpoint_activations if layout else False,
+    )
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _corrected(node: NodeView, factors: Factors) -> NodeView:
+    if factors == Factors():
+        return node
+    capacity = node.capacity
+    names = {*capacity.families, "matmul"}
+    families = {name: _slowed(cost.family_rate(capacity, name), factors) for name in names}
+    bandwidth = capacity.memory_bandwidth
+    if bandwidth is not None:
+        bandwidth = replace(bandwidth, best=bandwidth.best / factors.work, p50=bandwidth.p50 / factors.work)
+    return replace(node, capacity=replace(capacity, families=families, memory_bandwidth=bandwidth))
+
+
+def _slowed(rate: FamilyRate, factors: Factors) -> FamilyRate:
+    return replace(rate, flops=rate.flops / factors.work, overhead_s=rate.overhead_s * factors.overhead)
+
+
+def _links(cluster: ClusterView, work: Work) -> dict[tuple[NodeId, NodeId], LinkEstimate]:
+    """Pairs of a network of which something was learned."""
+    factors = {network: factor for (network, kind), factor in cluster.learned.networks.items() if kind is work}
+    found = {}
+    for a, b in combinations(cluster.nodes, 2) if factors else ():
+        network = network_between(cluster, a, b)
+        factor = factors.get(network)
+        if factor is not None:
+            link = link_between(cluster, a, b)
+            pair = (min(a.node_id, b.node_id), max(a.node_id, b.node_id))
+            found[pair] = LinkEstimate(link.rtt_s * factor, link.bytes_per_s / factor, network)
+    return found

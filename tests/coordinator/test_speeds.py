@@ -1,0 +1,187 @@
+"""What finished jobs teach: the next prediction of the same job, of the same node, over the same network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_planner_learning import CLUSTER, DATA, PROFILE, job, ran
+
+from coordinator import views
+from coordinator.cli import render
+from coordinator.comparison import compare
+from coordinator.learning import OUTCOME, Learner, Measured, outcome_payload
+from coordinator.planner import plan
+from coordinator.speeds import LIMIT, Average, Speeds
+from coordinator.store.memory import MemoryStore
+from protos import documents
+from protos.ids import NodeId
+from protos.plan import ClusterView, Learned, Plan, Work
+from protos.work import Usage
+from strategies.memory import RESERVE_BYTES
+
+
+def decide(learned: Learned | None = None, **parts: Any) -> Plan:
+    learner = Learner(Path("/nonexistent/qtable.json"))
+    cluster = ClusterView(CLUSTER.nodes, learned=learned or Learned())
+    return plan(job(**parts), PROFILE, DATA, cluster, learner.table, random.Random(0), learner.ledger)
+
+
+def usage(compute_s: float, sync_s: float = 0.0) -> Usage:
+    return Usage(
+        64_000, 1000, 1000 * (compute_s + sync_s), 0.0, 0.0, 0, 3 * 10**8, baseline_memory_bytes=2 * 10**8,
+        step_compute_s=compute_s, step_sync_s=sync_s, step_bytes_sent=77,
+    )  # fmt: skip
+
+
+def outcome(made: Plan, factors: dict[str, float], wait_s: float = 0.0) -> dict[str, Any]:
+    """Of ranks that computed so many times as long as predicted, and waited for the slowest of them."""
+    computed = [factors.get(rank.node_id, 1.0) * rank.compute_s for rank in made.estimate.ranks]
+    slowest = max(computed)
+    usages = tuple((k, usage(each, slowest - each + wait_s)) for k, each in enumerate(computed))
+    payload = outcome_payload(made, Measured(True, 1, 1000, slowest + wait_s, 0.5, usages=usages))
+    known: dict[str, Any] = json.loads(json.dumps(payload))
+    return known
+
+
+def taught(*payloads: dict[str, Any]) -> Speeds:
+    speeds = Speeds()
+    assert all(speeds.apply(payload) for payload in payloads)
+    return speeds
+
+
+def test_the_same_job_again_is_predicted_as_it_was_measured() -> None:
+    made = decide(strategy="single_node")
+    known = taught(outcome(made, {"a": 1.7, "b": 1.7})).learned()
+    again = decide(known, strategy="single_node", nodes={"require": {"names": ["a"]}})
+    assert again.estimate.step_s == pytest.approx(1.7 * made.estimate.step_s)
+    assert again.estimate.basis is not None and again.estimate.basis.remembered
+    assert again.estimate.seconds > made.estimate.seconds
+    assert "this very job ran before" in render.plan(documents.plain(again))
+
+
+def test_a_model_that_was_seen_is_predicted_with_its_own_ratio_in_another_batch() -> None:
+    made = decide(strategy="single_node", train={"batch_size": 64})
+    known = taught(outcome(made, {"a": 1.7, "b": 1.7})).learned()
+    plain = decide(strategy="single_node", train={"batch_size": 128})
+    again = decide(known, strategy="single_node", train={"batch_size": 128}, nodes={"require": {"names": ["a"]}})
+    assert again.estimate.basis is not None and not again.estimate.basis.remembered
+    assert again.estimate.step_s == pytest.approx(1.7 * plain.estimate.step_s)
+
+
+def test_another_model_of_the_family_is_corrected_half_way_at_first() -> None:
+    made = decide(strategy="single_node", nodes={"require": {"names": ["a"]}})
+    learned = taught(outcome(made, {"a": 4.0})).learned()
+    (key,) = learned.speeds
+    assert key == (NodeId("a"), "matmul", Work.WHOLE)
+    assert learned.speeds[key].work == pytest.approx(2.0, rel=0.05)
+    assert learned.speeds[key].overhead == 1.0, "the overhead is a small part of this step: nothing was learned of it"
+
+
+def test_a_kind_of_work_that_was_never_tried_is_no_faster_than_the_node_turned_out_to_be() -> None:
+    made = decide(strategy="single_node", nodes={"require": {"names": ["a"]}})
+    known = taught(outcome(made, {"a": 4.0})).learned()
+    sharded: dict[str, Any] = {"strategy": {"model_parallel": {"kind": "sharded", "ranks": 2}}}
+    ranks = {rank.node_id: rank for rank in decide(known, **sharded).estimate.ranks}
+    assert ranks[NodeId("a")].learned.work == pytest.approx(2.0, rel=0.05)
+    assert ranks[NodeId("b")].learned.work == 1.0
+
+
+def test_a_slow_node_gets_fewer_samples_the_next_time() -> None:
+    made = decide(strategy="data_parallel")
+    assert [subtask.data_range for subtask in made.subtasks] == [(0, 32), (32, 64)]
+    known = taught(outcome(made, {"b": 3.0})).learned()
+    share = {
+        subtask.node_id: subtask.data_range[1] - subtask.data_range[0]
+        for subtask in decide(known, strategy="data_parallel").subtasks
+    }
+    assert share[NodeId("a")] == pytest.approx(48, abs=1) and sum(share.values()) == 64
+
+
+def test_waiting_that_computing_does_not_explain_is_the_networks() -> None:
+    made = decide(strategy="data_parallel")
+    exposed_s = made.estimate.step_s - max(rank.compute_s for rank in made.estimate.ranks)
+    slow = taught(outcome(made, {}, wait_s=0.5 * made.estimate.step_s)).learned()
+    assert slow.networks[("loopback", Work.WHOLE)] > 2
+    quick = taught(outcome(made, {}, wait_s=exposed_s)).learned()
+    assert quick.networks.get(("loopback", Work.WHOLE), 1.0) == pytest.approx(1.0)
+
+
+def test_repeated_outcomes_settle_and_what_is_learned_stays_within_bounds() -> None:
+    speeds = Speeds()
+    for _ in range(30):
+        made = decide(speeds.learned(), strategy="data_parallel")
+        predicted = made.estimate.basis
+        assert predicted is not None
+        true_s = {rank.node_id: 1.5 * rank.compute_s / rank.learned.work for rank in made.estimate.ranks}
+        factors = {str(rank.node_id): true_s[rank.node_id] / rank.compute_s for rank in made.estimate.ranks}
+        speeds.apply(outcome(made, factors))
+    assert decide(speeds.learned(), strategy="data_parallel").estimate.ranks[0].learned.work == pytest.approx(
+        1.5, rel=0.1
+    )
+    taught_by_nonsense = taught(outcome(decide(strategy="single_node"), {"a": 1e9, "b": 1e9})).learned()
+    assert all(factors.work <= math.exp(LIMIT) for factors in taught_by_nonsense.speeds.values())
+
+
+def test_an_outcome_of_another_cost_model_or_one_that_does_not_count_teaches_nothing() -> None:
+    payload = outcome(decide(strategy="single_node"), {})
+    assert not Speeds().apply({**payload, "cost_model_version": -1})
+    assert not Speeds().apply({**payload, "counted": False})
+    assert not Speeds().apply({key: value for key, value in payload.items() if key != "basis"}), "of an older version"
+
+
+def test_speeds_are_rebuilt_from_the_log_and_an_odd_outcome_is_passed_over(tmp_path: Path) -> None:
+    async def story() -> None:
+        store, learner = MemoryStore(), Learner(tmp_path / "qtable.json")
+        made = decide(strategy="single_node")
+        said = Measured(True, 1, 1000, 2 * made.estimate.step_s, 0.5, usages=((0, usage(2 * made.estimate.step_s)),))
+        await ran(store, made, said)
+        await learner.catch_up(store)
+        learned = learner.speeds.learned()
+        assert learned.models and learned.steps
+        again = Learner(tmp_path / "qtable.json")
+        await again.catch_up(store)
+        await again.catch_up(store)
+        assert again.speeds.learned() == learned
+        (event,) = await store.events(kinds=[OUTCOME])
+        assert not again.apply(event.seq, OUTCOME, json.loads(event.payload_json))
+
+    asyncio.run(story())
+
+
+def test_a_node_shows_what_was_learned_of_it() -> None:
+    speeds = taught(outcome(decide(strategy="data_parallel"), {"b": 3.0}))
+    shown = speeds.of_node(NodeId("b"))
+    assert list(shown) == ["matmul/whole/work"]
+    assert shown["matmul/whole/work"]["factor"] == pytest.approx(math.sqrt(3.0), rel=0.05)
+    assert shown["matmul/whole/work"]["jobs"] == 1
+    assert views.node(CLUSTER.nodes[1], None, shown)["learned"] == shown
+    assert views.node(CLUSTER.nodes[1], None)["learned"] == {}
+
+
+@given(st.lists(st.floats(-LIMIT, LIMIT), min_size=1, max_size=50))
+def test_an_average_stays_within_what_it_saw(values: list[float]) -> None:
+    average = Average()
+    for value in values:
+        average = average.with_(value)
+    assert min([*values, 0.0]) - 1e-9 <= average.mean <= max([*values, 0.0]) + 1e-9
+    assert average.variance >= 0 and average.count == len(values)
+
+
+def test_predicted_and_measured_stand_beside_each_other() -> None:
+    made = decide(strategy="data_parallel")
+    table = compare(made, [(0, usage(0.2, 0.1)), (1, usage(0.25, 0.05))], {NodeId("a"): "anna"}, 0.3)
+    assert set(table) == {"anna", "b"}
+    predicted, measured = table["anna"]["predicted"], table["anna"]["measured"]
+    assert predicted["step_s"] == made.estimate.step_s
+    assert predicted["memory_bytes"] == made.estimate.memory_bytes[NodeId("a")] - RESERVE_BYTES
+    assert measured == {"step_s": 0.3, "compute_s": 0.2, "bytes": 77, "memory_bytes": 10**8}
+    text = render.plan(documents.plain(made), {"step_s": 0.3, "nodes": table})
+    assert "PREDICTED" in text and "MEASURED" in text and "anna" in text
