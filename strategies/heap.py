@@ -7,14 +7,31 @@ end: a process that gathers and drops layer after layer would keep several times
 from __future__ import annotations
 
 import ctypes
+import gc
 from contextlib import suppress
 
 LARGE_BYTES = 256 * 1024
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h; setting it also stops its growth
 
 
-def return_large_blocks(at_least_bytes: int = LARGE_BYTES) -> None:
-    """For this process, from now on. Each such block costs fresh pages. Does nothing where the C library has no such
-    setting."""
+KEPT_TIMES = 5  # of the weights that pass through it, at worst, in a heap that keeps what was freed
+ROOM = 0.5  # of the granted memory
+
+
+def return_large_blocks(weight_bytes: int, granted_bytes: int | None, at_least_bytes: int = LARGE_BYTES) -> bool:
+    """For this process, from now on, if memory is tight: fresh pages for each such block may halve the speed.
+
+    `granted_bytes` None: nobody said how much there is, so it is. Does nothing where the C library has no such setting.
+    """
+    if granted_bytes is not None and KEPT_TIMES * weight_bytes < ROOM * granted_bytes:
+        return False
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, at_least_bytes)
+        return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, at_least_bytes))
+    return False
+
+
+def give_back() -> None:
+    """What was freed goes back to the system now: after building, which leaves cycles and holes behind."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

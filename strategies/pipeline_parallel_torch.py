@@ -45,7 +45,6 @@ class PipelineStages:
     def __init__(self, context: TaskContext, loss: Loss, dataset: Dataset, device: torch.device) -> None:
         task, workspace = context.task, context.workspace
         assert task.layout is not None
-        return_large_blocks(LARGE_WEIGHT_BYTES)
         self._task: Task = task
         self._layout: Layout = task.layout
         self._loss = loss
@@ -57,6 +56,7 @@ class PipelineStages:
         traced = trace_job(task.spec, workspace.code_dir, example, workspace.weights_path)
         self._specs = cut(traced, task.layout.cut_after)
         self._spec: StageSpec = self._specs[self._stage]
+        return_large_blocks(self._spec.bytes, context.memory_bytes, LARGE_WEIGHT_BYTES)
         seed, scratch = task.spec.train.seed, workspace.output_dir
         initial = build_part(
             task.spec.model, workspace.code_dir, workspace.weights_path, seed, self._spec.names, scratch

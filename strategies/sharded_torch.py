@@ -31,7 +31,7 @@ from strategies.evaluate_torch import Score
 from strategies.extent import Extent
 from strategies.gather_model_torch import write_parts
 from strategies.group_torch import Group, single
-from strategies.heap import return_large_blocks
+from strategies.heap import give_back, return_large_blocks
 from strategies.held_parts_torch import HeldParts, Part, chunk_of, scale_to, squared_norm
 from strategies.hollow_model_torch import build_hollow, named_tensors, owner_of
 from strategies.initial_values_torch import initial_parts
@@ -54,7 +54,6 @@ class Sharded:
         """Builds the model without memory for it, and this rank's part of the initial values. Raises SpecError,
         UserCodeError, DataUnusable, Exhausted for a full disk."""
         task, workspace, spec = context.task, context.workspace, context.task.spec
-        return_large_blocks()
         self._context = context
         self._loss = loss
         self._device = device
@@ -63,6 +62,7 @@ class Sharded:
         self._example = to_device(example, self._device)
         self.module = build_hollow(spec.model, workspace.code_dir, workspace.weights_path, spec.train.seed)
         _check_types(self.module)
+        return_large_blocks(sum(tensor.nbytes for tensor in self.module.parameters()), context.memory_bytes)
         if task.layout is not None and task.layout.checkpoint_activations:
             recompute_blocks(self.module)
         self._units = units_of(self.module, example.features)
@@ -94,6 +94,7 @@ class Sharded:
         self._held = HeldParts(parts, self._aliases, task.spec.train.optimizer)
         self._whole = [local for name, local in self._held.trainable.items() if name not in self._cut_parameters]
         self._norms = NormStatistics(self.module)
+        give_back()
         own = torch.tensor([task.accumulate], dtype=torch.int64, device=group.device)
         self._turns = Turns(task.samples, tuple(int(each.item()) for each in group.all_gather(own)))
         self.module.train()

@@ -81,6 +81,11 @@ class StageSpec:
         return tuple(one.name for one in self.held if one.value is None)
 
     @property
+    def bytes(self) -> int:
+        """Of all that is held."""
+        return sum(one.elements * one.dtype.itemsize for one in self.held)
+
+    @property
     def is_last(self) -> bool:
         return self.index == self.count - 1
 
