@@ -87,6 +87,8 @@ class ModelProfile:
     digest: str = ""
     why_not: str = ""  # when not trainable: the reason and how to convert
     peak_activation_bytes_per_sample: float = 0.0
+    tensor_ranks: tuple[int, ...] = ()  # among how many ranks its single layers can be cut, of those that were tried
+    why_not_tensor: str = "it was not examined"  # "" when `tensor_ranks` is not empty
     why_not_cut: str = "it was not examined"  # into pipeline stages; "" when `layers` say where it can be cut
 
     @property

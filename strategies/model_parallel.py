@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from protos.ids import NodeId
 from protos.jobspec import StrategyName
-from protos.model import Family
 from protos.plan import CostEstimate, Layout, NodeView, Placement, PlannedSubtask, RankCost
 from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reasons_of, train_subtasks
@@ -41,7 +40,6 @@ GATHER_S = 1e-3  # of a block's gathering and scattering in one pass, whatever i
 FRESH_BYTES_PER_S = 2.5e9  # of memory just got from the system: shards give back every large block (heap.py)
 GATHERED_FRESH_BYTES = 28  # per parameter and pass: twice what is gathered and its copy; gradient, sent, received
 LAYER_S = 3e-4  # of a layer that is cut, in one pass: what its distributed tensors cost to handle
-_TENSOR_FAMILIES = (Family.TRANSFORMER, Family.MLP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +82,8 @@ def _answer(inputs: Inputs) -> Answer:
         return reasons
     if inputs.spec.sync.compression == "fp16":
         return ("sync.compression: fp16 is for gradients that are averaged whole: set it to auto or none",)
+    if inputs.profile.format == "pytorch_export":
+        return ("an exported program is one graph without the modules that are sharded: pipeline_parallel can cut it",)
     asked = inputs.options(StrategyName.MODEL_PARALLEL)
     if asked.ranks is not None and asked.ranks > max(_most_ranks(group.nodes) for group in groups(inputs)):
         most = max(_most_ranks(group.nodes) for group in groups(inputs))
@@ -122,8 +122,7 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
             sharded = None if ranks is None else _sharded(inputs, ranks)
             if sharded is not None:
                 yield sharded
-            # heads and widths are mostly multiples of powers of two
-            even = count & (count - 1) == 0 if asked.ranks is None else count == asked.ranks
+            even = count in inputs.profile.tensor_ranks
             cut = _tensor(inputs, _Ranks(_together(units[:count]), group.network)) if tensor and even else None
             if cut is not None:
                 yield cut
@@ -299,11 +298,7 @@ def _placed(
 
 def _why_no_tensor(inputs: Inputs) -> str:
     profile = inputs.profile
-    if profile.family not in _TENSOR_FAMILIES:
-        return f"tensor parallel: is for transformers and perceptrons, this is a {profile.family.value} model"
-    if not any("linear" in layer.kind.lower() for layer in profile.layers):
-        return "tensor parallel: the model has no linear layers to cut"
-    return ""
+    return f"tensor parallel: {profile.why_not_tensor}" if profile.why_not_tensor else ""
 
 
 def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
@@ -371,6 +366,9 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
     if asked.kind == TENSOR:
         if why := _why_no_tensor(inputs):
             return (why,)
+        if asked.ranks is not None and asked.ranks not in inputs.profile.tensor_ranks:
+            able = ", ".join(map(str, inputs.profile.tensor_ranks))
+            return (f"tensor parallel: no layer can be cut among {asked.ranks} ranks; among {able} it can",)
         link = worst_link(inputs.cluster, nodes)
         if link.rtt_s > TENSOR_RTT_S:
             return (

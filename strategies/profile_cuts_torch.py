@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 
+from torch import nn
 from torch.export.graph_signature import InputKind
 
+from protos.errors import SpecError
 from protos.jobspec import JobSpec, StrategyName
-from protos.model import LayerProfile
+from protos.model import Family, LayerProfile, ModelProfile
 from strategies.cut_points_torch import CutPoints, last_module
 from strategies.graph_torch import CannotTrace
 from strategies.split_torch import Cuttable
+from strategies.tensor_plan_torch import derive
 
+TENSOR_RANKS = (2, 3, 4, 6, 8, 12, 16)
+TENSOR_FAMILIES = (Family.TRANSFORMER, Family.MLP, Family.LINEAR)
 EXAMINED_PARAMETERS = 1_000_000  # a smaller model is not worth parting unless the job asks for it
 _PARTED = (StrategyName.PIPELINE_PARALLEL, StrategyName.MODEL_PARALLEL)
 
@@ -48,6 +53,22 @@ def with_cuts(
         return described(layers, trace().training)
     except CannotTrace as error:
         return layers, error.message
+
+
+def with_tensor(spec: JobSpec, profile: ModelProfile, model: nn.Module) -> tuple[tuple[int, ...], str]:
+    """Among how many ranks single layers can be cut (tensor parallel), and why not at all or ""."""
+    if why := why_not_examined(spec, profile.parameters):
+        return (), why
+    if profile.family not in TENSOR_FAMILIES:
+        return (), f"it is for transformers and perceptrons, this is a {profile.family.value} model"
+    found, why = [], ""
+    for ranks in TENSOR_RANKS:
+        try:
+            derive(model, ranks)
+            found.append(ranks)
+        except SpecError as error:
+            why = why or error.message
+    return tuple(found), "" if found else why
 
 
 def described(layers: tuple[LayerProfile, ...], points: CutPoints) -> tuple[tuple[LayerProfile, ...], str]:

@@ -39,7 +39,7 @@ from strategies.faults_torch import DataUnusable, UserCodeError, fault_of
 from strategies.graph_torch import quiet
 from strategies.hang_watch import stack_shown_after
 from strategies.loss_torch import Loss
-from strategies.profile_cuts_torch import with_cuts
+from strategies.profile_cuts_torch import with_cuts, with_tensor
 from strategies.profile_layers_torch import (
     Trace,
     layers,
@@ -107,7 +107,14 @@ def describe(context: TaskContext, dataset: Dataset, test: Dataset | None) -> Id
     single = dataset.feature_shapes if isinstance(dataset.feature_shapes, tuple) else None
     profile = profile_of(built, spec, data, single)
     found, why_not_cut = with_cuts(built.layers, spec, profile.parameters, lambda: cuttable(built, spec, batch))
-    profile = replace(profile, layers=condensed(found, LAYERS_LIMIT), why_not_cut=why_not_cut)
+    ranks, why_not_tensor = with_tensor(spec, profile, built.model)
+    profile = replace(
+        profile,
+        layers=condensed(found, LAYERS_LIMIT),
+        why_not_cut=why_not_cut,
+        tensor_ranks=ranks,
+        why_not_tensor=why_not_tensor,
+    )
     if context.task.code is not None and code_dir is not None:
         profile = replace(profile, digest=context.task.code.digest)
     return Identification(profile, data, shapes, dtypes, dataset.target_shape, dataset.target_dtype, dataset.classes)

@@ -31,7 +31,7 @@ def transformer(
     total = embedding + blocks * block
     return ModelProfile(
         "pytorch", "source", Family.TRANSFORMER, "", total, 4 * total, True, ("float32",), (64,), Complexity.LARGE,
-        tuple(layers), Requirements(1, GIB, 0, 1, "layers"), 1.0,
+        tuple(layers), Requirements(1, GIB, 0, 1, "layers"), 1.0, tensor_ranks=(2, 4, 8), why_not_tensor="",
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_all_ranks_cut_their_samples_into_the_same_number_of_pieces() -> None:
 
 
 def test_where_every_node_holds_the_model_it_is_left_to_data_parallel_unless_named() -> None:
-    small = replace(transformer(2, 1_000_000, 1000), family=Family.CNN)
+    small = replace(transformer(2, 1_000_000, 1000), tensor_ranks=(), why_not_tensor="it is a cnn model")
     nodes = (node("a"), node("b"))
     assert "data_parallel does the same work" in reason(ask(*nodes, profile=small))
     assert M.feasible(ask(*nodes, profile=small, **forced())) == ()
@@ -135,16 +135,16 @@ def test_layers_are_cut_where_gradients_are_heavy_and_round_trips_short() -> Non
     assert "a round trip of 4.0 ms is over 1 ms" in reason(ask(*far, profile=wide, **forced("tensor")))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"family": Family.CNN}, "this is a cnn model"),
-        ({"layers": (LayerProfile("c", "Embedding", 810_000_000, 1e9, 1e5, 4e3),)}, "no linear layers"),
-    ],
-)
-def test_models_without_linear_layers_are_not_cut_by_layers(changes: dict[str, Any], words: str) -> None:
-    profile = replace(transformer(), **changes)
-    assert words in reason(ask(node("a"), node("b"), profile=profile, **forced("tensor")))
+def test_a_model_whose_layers_cannot_be_cut_says_why() -> None:
+    whole = replace(transformer(), tensor_ranks=(), why_not_tensor="it is an LSTM")
+    assert reason(ask(node("a"), node("b"), profile=whole, **forced("tensor"))) == "tensor parallel: it is an LSTM"
+    odd = reason(ask(node("a"), node("b"), node("c"), profile=transformer(), **forced("tensor", 3)))
+    assert odd == "tensor parallel: no layer can be cut among 3 ranks; among 2, 4, 8 it can"
+
+
+def test_an_exported_program_has_no_modules_to_shard() -> None:
+    exported = replace(transformer(), format="pytorch_export")
+    assert "pipeline_parallel can cut it" in reason(ask(node("a"), node("b"), profile=exported, **forced()))
 
 
 def test_what_does_not_fit_is_said_with_numbers() -> None:

@@ -137,3 +137,29 @@ def test_it_is_examined_only_where_it_can_matter(job: dict[str, Any], parameters
     spec = parse({"model": {"source": "m.py:build"}, "data": {"source": "t.npz"}, **job})
     found = why_not_examined(spec, parameters)
     assert words in found and bool(found) == bool(words)
+
+
+LSTM = """
+class Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.view(-1, 2, 4))[0][:, -1]
+
+def build(): return Last()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "ranks", "words"),
+    [
+        (MLP, {2, 4, 8}, ""),
+        (LSTM, set(), "rnn"),
+    ],
+)
+def test_among_how_many_ranks_single_layers_can_be_cut(tmp_path: Path, code: str, ranks: set[int], words: str) -> None:
+    found = profile(tmp_path, code)
+    assert ranks <= set(found.tensor_ranks) and bool(found.tensor_ranks) == bool(ranks)
+    assert words in found.why_not_tensor if words else not found.why_not_tensor
