@@ -9,7 +9,9 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """VmHWM, not ru_maxrss: that one still counts what the process was before it became this program."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    host = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     return host + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 

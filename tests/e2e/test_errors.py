@@ -232,7 +232,7 @@ def test_a_job_file_that_is_no_job_is_refused_here(made: Cluster, tmp_path: Path
 
     refused(submitted("model: [unclosed\n"), 3, "not valid YAML at line")
     refused(submitted(train={"epoch": 3}), 3, "train.epoch: unknown key; did you mean 'epochs'")
-    refused(submitted(strategy="pipeline_parallel"), 3, "pipeline_parallel")
+    refused(submitted(strategy="federated"), 3, "federated", "pipeline_parallel")
     refused(submitted(train={"loss": "mean_squared"}), 3, "loss")
     refused(made.hive("submit", str(tmp_path / "absent.yaml"), check=False), 4, "absent.yaml")
     refused(made.hive("submit", str(JOBS / "mlp.yaml"), "--set", "train.stepz=3", check=False), 3, "steps")
