@@ -103,11 +103,12 @@ def check(made: Cluster, job_id: str, job: str, sets: Sequence[str]) -> Ended:
     metrics = made.metrics(job_id)
     assert [line["step"] for line in metrics] == list(range(1, len(rows) + 1))
     assert metrics[-1]["samples"] == sum(rows)
-    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-4)
+    few = len(rows) <= 50  # over hundreds of steps rounding adds up: sums of another group are in another order
+    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-4 if few else 1e-3)
     trained = safetensors.torch.load_file(made.artifact(job_id, "model.safetensors"))
     assert trained.keys() == weights.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=5e-4)  # AdamW magnifies rounding
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-4 if few else 2e-3)
     return Ended(ended, json.loads(made.artifact(job_id, "report.json").read_text()))
 
 
