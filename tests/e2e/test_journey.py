@@ -56,7 +56,13 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def job(up: Cluster) -> dict[str, Any]:
+def planned(up: Cluster) -> dict[str, Any]:
+    """Before any job has taught the planner how fast the nodes are."""
+    return dict(up.ask("plan", str(MLP), "--set", "strategy=data_parallel"))
+
+
+@pytest.fixture(scope="module")
+def job(up: Cluster, planned: dict[str, Any]) -> dict[str, Any]:
     """The digits example, trained on both nodes while somebody waits."""
     return dict(up.ask("submit", str(MLP), "--wait", "--set", "strategy=data_parallel")["job"])
 
@@ -84,8 +90,9 @@ def test_the_machines_are_listed_with_what_they_have(up: Cluster) -> None:
     assert all(word in table for word in ("NODE", "GFLOP/S", "RTT", *NAMES))
 
 
-def test_the_plan_that_is_printed_is_what_is_executed(up: Cluster, job: dict[str, Any]) -> None:
-    planned = up.ask("plan", str(MLP), "--set", "strategy=data_parallel")
+def test_the_plan_that_is_printed_is_what_is_executed(
+    up: Cluster, job: dict[str, Any], planned: dict[str, Any]
+) -> None:
     assert planned["model"]["family"] == "mlp" and planned["model"]["parameters"] == 26122
     assert {each["strategy"] for each in planned["plan"]["candidates"]} >= {"single_node", "data_parallel"}
     explained = up.ask("explain", job["id"])
