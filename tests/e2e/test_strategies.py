@@ -199,32 +199,6 @@ def test_a_paused_job_goes_on_under_another_strategy_on_other_nodes(made: Cluste
     assert 0 < used["steps"] < 12, "it went on from a checkpoint"
 
 
-GROWING = (
-    "model.source=model.py:wide",
-    "train.steps=850",
-    "train.batch_size=512",
-    "train.optimizer={name: sgd, lr: 0.05}",
-)
-
-
-def test_a_node_that_joins_meanwhile_joins_the_group(made: Cluster) -> None:
-    """It gets the state from a peer: nothing of it lies on its disk, and nothing was uploaded."""
-    made.start_node("slow", 0.25, str(MEMORY_BYTES))
-    until(lambda: states(made).get("slow") == "CONNECTED IDLE", "the slow node is ready", 120)
-    who = "nodes.require.names=[quarter, slow, late]"
-    job_id = made.submit(JOBS / "long.yaml", *GROWING, "strategy=data_parallel", "checkpoint.every_s=600", who)
-    made.wait_step(job_id, 5)
-    made.start_node("late", 1, str(MEMORY_BYTES))
-    ended = check(made, job_id, "long.yaml", GROWING)
-    assert set(ended.job["nodes"]) == {"quarter", "slow", "late"}
-    assert any("late joins the group" in json.dumps(event) for event in made.events())
-    first, last = ended.attempts(1), ended.attempts(2)
-    assert len(last) == 3
-    (before,), (after,) = {each["steps"] for each in first}, {each["steps"] for each in last}
-    assert before + after == 850, "no step was made twice"
-    assert all(each["samples"] > 0 and each["bytes_sent"] > 0 for each in last)
-
-
 def test_a_model_that_fits_nowhere_is_refused_with_the_smallest_change(made: Cluster) -> None:
     sets = ("--set", "model.args={width: 8192, depth: 20}", "--set", "strategy=auto")
     refused = made.hive("plan", str(JOBS / "tower.yaml"), *sets, "-o", "json", check=False)
