@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("hive", deadline=None)  # no test is judged by time: machines are busy
+settings.load_profile("hive")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
