@@ -1,7 +1,7 @@
 """What was predicted for each node of a plan and what was measured there, beside each other: pure.
 
 Memory is that above a worker that has imported its libraries and done nothing yet, on both sides. A step and its bytes
-are medians over the steps; the ranks of a node that share its memory are added up.
+are those of a usual step; the ranks of a node that share its memory are added up.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The `decision` and `outcome` events in the log are the source of truth, appended in the same transaction as the job; the
 learner applies each once, in the order of seq, and keeps a snapshot that only spares a replay.
 
-T_meas = startup + transfer + evaluation + planned steps * median step. It is scaled to the planned steps, so pauses,
+T_meas = startup + transfer + evaluation + planned steps * usual step. It is scaled to the planned steps, so pauses,
 checkpoints and lost steps do not count. A job teaches nothing (`counted` false, with the reason) unless it ran to its
 end on the nodes it was first planned for: after a re-formation its steps belong to another group than predicted.
 """
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from coordinator.speeds import Speeds, lesson
@@ -34,6 +33,7 @@ from qtable.reward import reward
 from qtable.state import SHAPE, StateKey
 from qtable.table import QTable
 from strategies.cost import COST_MODEL_VERSION
+from strategies.usual_step import usual
 
 DECISION = "decision"
 OUTCOME = "outcome"
@@ -45,7 +45,7 @@ _AROUND = ("startup", "transfer", "evaluation")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a job that ended really took. `step_s` is the median; `generations` how many groups were formed for it."""
+    """What a job that ended really took. `step_s` is usual; `generations` how many groups were formed for it."""
 
     finished: bool
     generations: int
@@ -56,14 +56,14 @@ class Measured:
     usages: tuple[tuple[int, Usage], ...] = ()  # by rank
 
 
-def median_step_s(metrics: Sequence[Metrics]) -> float | None:
+def usual_step_s(metrics: Sequence[Metrics]) -> float | None:
     """Of the training records of one rank, in order; None when there are fewer than two. Evaluations do not count."""
     seconds = [
         (after.time - before.time) / (after.step - before.step)
         for before, after in pairwise(metrics)
         if before.stage == after.stage == "train" and after.step > before.step and after.time > before.time
     ]
-    return median(seconds) if seconds else None
+    return usual(seconds) if seconds else None
 
 
 def measure(
@@ -76,7 +76,7 @@ def measure(
 ) -> Measured:
     """From the last generation's usages, one per rank, and rank 0's records when there are any: the slowest counts.
     `ranks`: whose the usages are."""
-    by_records = median_step_s(metrics)
+    by_records = usual_step_s(metrics)
     by_loop = max((usage.seconds / usage.steps for usage in usages if usage.steps), default=0.0)
     return Measured(
         finished,
@@ -290,6 +290,5 @@ __all__ = [
     "Measured",
     "decision_payload",
     "measure",
-    "median_step_s",
     "outcome_payload",
 ]

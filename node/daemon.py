@@ -258,6 +258,7 @@ class Daemon:
         self._identity.connected()
         self._errands.cancel_all()  # asked on an older stream: nobody waits for the answers
         self._store_calls.connected()
+        self._fitness.connected()
         log.info("connected")
 
     def _delivered(self, durable: pb.Durable) -> None:

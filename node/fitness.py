@@ -129,8 +129,13 @@ class Fitness:
             raise CannotWork.of(error) from None
 
     def tell(self) -> None:
-        self.told = self.capacity
-        self.session.send(pb.NodeMessage(capacity_json=documents.encode(self.capacity)))
+        if self.session.send(pb.NodeMessage(capacity_json=documents.encode(self.capacity))):
+            self.told = self.capacity
+
+    def connected(self) -> None:
+        """What was measured while hello was on its way was told to nobody."""
+        if self.told is not self.capacity:
+            self.tell()
 
     async def keep_fresh(self, also: Callable[[], object]) -> None:
         """Look again at what changes. `also` is done with it, every time, off the loop."""

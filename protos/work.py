@@ -134,9 +134,9 @@ class Usage:
     startup_s: float = 0.0
     baseline_memory_bytes: int = 0  # before the model was built: what the libraries take
     holds: tuple[str, ...] = ()  # layers this rank held, when it was not all of them
-    step_compute_s: float = 0.0  # of one step (median): passes and optimizer, without waiting for other ranks
-    step_sync_s: float = 0.0  # of one step (median): waiting for other ranks
-    step_bytes_sent: int = 0  # of one step (median)
+    step_compute_s: float = 0.0  # of a usual step: passes and optimizer, without waiting for other ranks
+    step_sync_s: float = 0.0  # of a usual step: waiting for other ranks
+    step_bytes_sent: int = 0  # of a usual step
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,13 @@ def grow(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) -> tup
         if not set(own) <= set(state.willing()):  # one is about to leave: the group forms again anyway
             continue
         previous = job.plan.strategy if job.plan else None
-        found = plan_for(job.job_id, tuple(sorted((*own, *idle))), state.willing(), own, previous)
+        now, then = (  # both with what is known of the nodes today: the plan that runs may be older
+            plan_for(job.job_id, nodes, state.willing(), own, previous) for nodes in (own, tuple(sorted((*own, *idle))))
+        )
         job = replace(job, grow_at_s=now_s + timing.grow_every_s, passed_over=frozenset(idle))
-        if isinstance(found, Plan) and job.plan is not None and _worth_it(job, job.plan, found, timing):
-            joining = sorted({subtask.node_id for subtask in found.subtasks} - set(own))
-            names = ", ".join(state.nodes[node_id].name for node_id in joining)
-            job, more = regroup(job, Reason.GROUP_GROWS, f"{names} joins the group", now_s, timing)
+        if isinstance(now, Plan) and isinstance(then, Plan) and _worth_it(job, now, then, timing):
+            message = _said(state, set(own), {subtask.node_id for subtask in then.subtasks})
+            job, more = regroup(job, Reason.GROUP_GROWS, message, now_s, timing)
             effects += more
         state = state.with_job(job)
     return state, effects
@@ -50,12 +51,20 @@ def _may_grow(job: JobView, idle: tuple[NodeId, ...], now_s: float) -> bool:
 
 
 def _worth_it(job: JobView, now: Plan, then: Plan, timing: Timing) -> bool:
-    """Gain over the steps that are left > 2 x what the interruption costs, and nobody of the group is left out."""
+    """Somebody joins, and the gain over the steps that are left > 2 x what the interruption costs."""
     own = {attempt.node_id for attempt in job.attempts}
-    if then.strategy != now.strategy or not own < {subtask.node_id for subtask in then.subtasks}:
+    if then.strategy not in GROWS or not {subtask.node_id for subtask in then.subtasks} - own:
         return False
     steps = now.steps or then.steps
     if steps is None:
         return False
     gain_s = (steps - job.step) * (now.estimate.step_s - then.estimate.step_s)
     return gain_s > 2 * timing.regroup_cost_s
+
+
+def _said(state: State, own: set[NodeId], planned: set[NodeId]) -> str:
+    """late joins the group, slow is left out of it"""
+    joining, leaving = (
+        ", ".join(state.nodes[node_id].name for node_id in sorted(nodes)) for nodes in (planned - own, own - planned)
+    )
+    return f"{joining} joins the group" + (f", {leaving} is left out of it" if leaving else "")

@@ -118,3 +118,31 @@ def test_the_newcomer_may_be_gone_again_before_the_group_forms() -> None:
     assert [attempt.node_id for attempt in bench.job().attempts] == ["a", "b"]
     bench.ready()
     assert all(attempt.state is AttemptState.READY for attempt in bench.job().attempts)
+
+
+def test_one_that_would_hold_up_the_newcomer_is_left_out_and_it_is_said() -> None:
+    class Choosy(Growing):
+        """Never b beside c."""
+
+        def plan_for(
+            self,
+            job_id: JobId,
+            idle: tuple[NodeId, ...],
+            willing: tuple[NodeId, ...],
+            holders: tuple[NodeId, ...],
+            previous: str | None,
+        ) -> Plan | e.Unplaced:
+            kept = tuple(node for node in idle if node != "b" or "c" not in idle)
+            found = super().plan_for(job_id, kept, willing, holders, previous)
+            quick = 0.1 if "c" in kept else 0.5
+            return replace(found, estimate=CostEstimate(1.0, quick, 1.0, {})) if isinstance(found, Plan) else found
+
+    bench = Choosy()
+    bench.running("a", "b")
+    bench.progress(5)
+    bench.connect("c")
+    bench.ticking(TIMING.grow_after_s + 1)
+    assert bench.job().message == "c joins the group, b is left out of it"
+    for rank in (0, 1):
+        bench.fail(rank, held=7)
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a", "c"]

@@ -38,7 +38,7 @@ def node(name: str, gflops: float = 10.0, lan: bool = True, activity: Activity =
 def model(parameters: int = 1_000_000, flops: float = 1e9) -> ModelProfile:
     layer = LayerProfile("layer", "Linear", parameters, flops, 1e5, 4e3, (10,))
     return ModelProfile(
-        "pytorch", "source", Family.UNKNOWN, "", parameters, 4 * parameters, True, ("float32",), (64,),
+        "pytorch", "source", Family.MLP, "", parameters, 4 * parameters, True, ("float32",), (64,),
         Complexity.MEDIUM, (layer,), Requirements(1, GIB, 0, 1, "layers"), 1.0,
     )  # fmt: skip
 

@@ -16,8 +16,8 @@ from coordinator.learning import (
     Measured,
     decision_payload,
     measure,
-    median_step_s,
     outcome_payload,
+    usual_step_s,
 )
 from coordinator.planner import plan
 from coordinator.store.memory import MemoryStore
@@ -36,7 +36,7 @@ GIB = 1024**3
 DATA = DataProfile("", 64_000, 10**6)
 LAYER = LayerProfile("layer", "Linear", 10_000, 1e9, 1e5, 4e3)
 PROFILE = ModelProfile(
-    "pytorch", "source", Family.UNKNOWN, "", 10_000, 40_000, True, ("float32",), (64,), Complexity.SMALL, (LAYER,),
+    "pytorch", "source", Family.MLP, "", 10_000, 40_000, True, ("float32",), (64,), Complexity.SMALL, (LAYER,),
     Requirements(1, GIB, 0, 1, "layers"), 1.0,
 )  # fmt: skip
 
@@ -182,14 +182,14 @@ def test_a_job_that_stopped_for_a_while_is_measured_by_its_median_step(tmp_path:
     assert payload["predicted_s"] == pytest.approx(made.estimate.seconds)
 
 
-def test_the_median_step_ignores_evaluations_and_counts_gaps_between_records() -> None:
+def test_the_usual_step_ignores_evaluations_and_counts_gaps_between_records() -> None:
     records = [
         Metrics(0.0, 1, 0, "train", 1.0, 1), Metrics(4.0, 3, 0, "train", 1.0, 1),
         Metrics(90.0, 3, 0, "evaluate", 1.0, 1),
         Metrics(92.0, 4, 1, "train", 1.0, 1), Metrics(94.0, 5, 1, "train", 1.0, 1),
     ]  # fmt: skip
-    assert median_step_s(records) == 2.0
-    assert median_step_s(records[:1]) is None
+    assert usual_step_s(records) == 2.0
+    assert usual_step_s(records[:1]) is None
     assert measure([Usage(1, 10, 30.0, 0, 0, 0, 0), Usage(1, 10, 40.0, 0, 0, 0, 0)]).step_s == 4.0
 
 

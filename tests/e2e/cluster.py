@@ -154,6 +154,9 @@ class Cluster:
         self.wait_ready(len(cpus))
         return self
 
+    def states(self) -> dict[str, str]:
+        return {node["name"]: f"{node['link']} {node['activity']}" for node in self.show_nodes()}
+
     def wait_ready(self, nodes: int, deadline_s: float = 120.0) -> list[dict[str, Any]]:
         """So many nodes are connected, measured and idle."""
 

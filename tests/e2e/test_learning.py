@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import pytest
 
 from protos import documents
 from protos.capacity import Calibration, FamilyRate, Rate
-from tests.e2e.cluster import CALIBRATION, Cluster, cluster
+from tests.e2e.cluster import CALIBRATION, Cluster, cluster, until
 
 JOB = Path(__file__).parent / "jobs" / "mlp.yaml"
+WIDE = JOB.with_name("long.yaml")
 # Believed: nothing but arithmetic costs time, 6 us per sample of this model. So half a batch takes half as long.
 ALL_ARITHMETIC = FamilyRate(flops=2.3e9, overhead_s=1e-6)
 FREE_MEMORY = Rate(1e12, 1e12, 0.0)
@@ -26,21 +27,47 @@ def made(tmp_path: Path, calibration: Path) -> Iterator[Cluster]:
         yield started
 
 
-def believe(made: Cluster) -> None:
-    """Replace what the nodes have measured about themselves in their caches, and start them again."""
-    for node in made.nodes.values():
-        node.end()
-        for file in (node.home / CALIBRATION).glob("*.json"):
-            measured = documents.decode(Calibration, file.read_bytes())
-            families = dict.fromkeys(measured.families, ALL_ARITHMETIC)
-            file.write_bytes(documents.encode(replace(measured, families=families, memory_bandwidth=FREE_MEMORY)))
-        node.start()
+def believe(made: Cluster, names: Sequence[str], change: Callable[[Calibration], Calibration]) -> None:
+    """Replace what these nodes have measured about themselves in their caches, and start them again."""
+    for name in names:
+        made.nodes[name].end()
+    until(lambda: not {made.states()[name] for name in names} & {"CONNECTED IDLE"}, "the coordinator noticed")
+    for name in names:
+        for file in (made.nodes[name].home / CALIBRATION).glob("*.json"):
+            file.write_bytes(documents.encode(change(documents.decode(Calibration, file.read_bytes()))))
+        made.nodes[name].start()
     made.calibration = None  # these figures are for this test only
     made.wait_ready(len(made.nodes))
 
 
+def all_arithmetic(measured: Calibration) -> Calibration:
+    return replace(measured, families=dict.fromkeys(measured.families, ALL_ARITHMETIC), memory_bandwidth=FREE_MEMORY)
+
+
+def boasting(measured: Calibration) -> Calibration:
+    families = {name: FamilyRate(20 * rate.flops, rate.overhead_s / 20) for name, rate in measured.families.items()}
+    return replace(measured, families=families)
+
+
+def test_a_node_that_turned_out_slow_is_not_chosen_again_across_a_restart(made: Cluster) -> None:
+    """It has a quarter of a core and boasts of five: that is further from n0 than a busy machine makes."""
+    made.start_node("boaster", 0.25, "2GiB")
+    made.wait_ready(len(made.nodes))
+    believe(made, ["boaster"], boasting)
+
+    sets = ("strategy=auto", "nodes.max=1", "nodes.require.names=[boaster, n0]", "train.steps=200")
+    first = made.submit(WIDE, *sets, "train.batch_size=256")
+    assert made.wait(first)["nodes"] == ["boaster"]
+    assert made.coordinator is not None
+    made.coordinator.kill()
+    made.start_coordinator()
+    made.wait_ready(len(made.nodes))
+    second = made.submit(WIDE, *sets, "train.batch_size=256")
+    assert made.wait(second)["nodes"] == ["n0"], made.ask("explain", second)["plan"]["reason"]
+
+
 def test_what_a_job_really_took_is_predicted_the_next_time_across_a_restart(made: Cluster) -> None:
-    believe(made)
+    believe(made, ["n0", "n1"], all_arithmetic)
     sets = ("strategy=data_parallel", "train.steps=4000", "train.evaluate_every=never")
     first = made.submit(JOB, *sets)
     assert made.wait(first)["state"] == "SUCCEEDED"

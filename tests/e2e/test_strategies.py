@@ -70,7 +70,7 @@ def made(shared: Cluster) -> Cluster:
         if name not in NAMES:  # joined in a test
             node.end()
             del shared.nodes[name]
-    for name, state in states(shared).items():
+    for name, state in shared.states().items():
         if state == "CONNECTED PAUSED":
             shared.hive_node(name, "resume")
     shared.heal()
@@ -103,12 +103,11 @@ def check(made: Cluster, job_id: str, job: str, sets: Sequence[str]) -> Ended:
     metrics = made.metrics(job_id)
     assert [line["step"] for line in metrics] == list(range(1, len(rows) + 1))
     assert metrics[-1]["samples"] == sum(rows)
-    few = len(rows) <= 50  # over hundreds of steps rounding adds up: sums of another group are in another order
-    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-4 if few else 1e-3)
+    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-4)
     trained = safetensors.torch.load_file(made.artifact(job_id, "model.safetensors"))
     assert trained.keys() == weights.keys()
     for name, tensor in weights.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-4 if few else 2e-3)
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4)
     return Ended(ended, json.loads(made.artifact(job_id, "report.json").read_text()))
 
 
@@ -190,13 +189,39 @@ def test_a_paused_job_goes_on_under_another_strategy_on_other_nodes(made: Cluste
     made.nodes[before["nodes"][-1]].end()
     pause(made, *(set(NAMES) - {before["nodes"][-1]}))
     made.start_node("large", 1, "2GiB")
-    until(lambda: states(made).get("large") == "CONNECTED IDLE", "the large node is ready", 120)
+    until(lambda: made.states().get("large") == "CONNECTED IDLE", "the large node is ready", 120)
     made.hive("resume", job_id)
     ended = check(made, job_id, "tower.yaml", PAUSED)
     assert ended.job["strategy"] == "single_node"
     assert ended.job["nodes"] == ["large"]
     (used,) = ended.attempts(ended.job["fence"])
     assert 0 < used["steps"] < 12, "it went on from a checkpoint"
+
+
+GROWING = ("model.source=model.py:wide", "train.batch_size=512", "train.optimizer={name: sgd, lr: 0.05}")
+
+
+def test_a_node_that_joins_meanwhile_joins_the_group(made: Cluster) -> None:
+    """It gets the state from a peer: nothing of it lies on its disk, and nothing was uploaded. The job is far too long
+    to end by itself: what comes first on a busy machine decides nothing."""
+    made.start_node("slow", 0.25, str(MEMORY_BYTES))
+    until(lambda: made.states().get("slow") == "CONNECTED IDLE", "the slow node is ready", 120)
+    sets = (*GROWING, "train.steps=1000000", "strategy=data_parallel", "checkpoint.every_s=3600")
+    job_id = made.submit(JOBS / "long.yaml", *sets, "nodes.require.names=[quarter, slow, late]")
+    assert set(made.wait_step(job_id, 5)["nodes"]) == {"quarter", "slow"}
+    made.start_node("late", 1, str(MEMORY_BYTES))
+    until(lambda: "late" in made.show(job_id)["nodes"], "late has joined", 180)
+    joined = made.show(job_id)
+    made.wait_step(job_id, joined["step"] + 5)
+    made.hive("cancel", job_id)
+    assert made.wait(job_id)["state"] == "CANCELLED"
+    assert joined["fence"] == 2 and any("late joins the group" in json.dumps(event) for event in made.events())
+    metrics = made.metrics(job_id)
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1)), "no step was made twice or left out"
+    assert metrics[-1]["step"] >= joined["step"] + 5
+    losses, _, rows = reference("long.yaml", (*GROWING, f"train.steps={len(metrics)}"))
+    assert [line["loss"] for line in metrics] == pytest.approx(losses, abs=1e-4)
+    assert metrics[-1]["samples"] == sum(rows)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_smallest_change(made: Cluster) -> None:
@@ -219,12 +244,8 @@ def strategy_name(strategy: str) -> str:
     return strategy if strategy in (PIPELINE, "data_parallel") else "model_parallel"
 
 
-def states(made: Cluster) -> dict[str, str]:
-    return {node["name"]: f"{node['link']} {node['activity']}" for node in made.show_nodes()}
-
-
 def pause(made: Cluster, *names: str) -> None:
     """The owners of these nodes want them for themselves."""
     for name in names:
         made.hive_node(name, "pause")
-    until(lambda: all(states(made)[name] == "CONNECTED PAUSED" for name in names), f"{names} are paused", 30)
+    until(lambda: all(made.states()[name] == "CONNECTED PAUSED" for name in names), f"{names} are paused", 30)

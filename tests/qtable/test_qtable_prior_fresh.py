@@ -11,5 +11,5 @@ import pytest
 def test_the_packaged_prior_is_what_its_generator_makes() -> None:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "bench.build_prior", "--check"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Steps by their medians."""
+"""What is usual of the steps of a rank."""
 
 from __future__ import annotations
 
