@@ -16,7 +16,7 @@ from typing import Any
 from bench.cluster import run_timed, running
 from bench.report import Bound, Figure, Finding, Gate
 from bench.stage import Stage
-from bench.strategy_jobs import GPT_MEDIUM, MLP, MODELS, SHARDED, name_of, steps_for
+from bench.strategy_jobs import GPT_MEDIUM, MLP, MODELS, SHARDED, TENSOR, name_of, steps_for
 from bench.strategy_report import Run, mape
 from bench.workloads import Strategy, Workload, Written, write
 from tests.e2e.cluster import Cluster
@@ -60,6 +60,7 @@ def combinations(models: Sequence[Workload] = MODELS) -> tuple[Combination, ...]
         ("pipeline_parallel", ("one", "quarter")),
         ("pipeline_parallel", ("half", "twin", "third")),
         (SHARDED, ("half", "twin")),
+        (TENSOR, ("half", "twin")),
     )
     return tuple(Combination(model, strategy, nodes) for model in models for strategy, nodes in kinds)
 

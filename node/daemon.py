@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from node import agent, control, probe
-from node.attempt import Attempt, Listener, Place, Tools
+from node.attempt import Tools
+from node.attempts import Attempts
 from node.cache import BlobCache
 from node.calibrate import CalibrationCache
 from node.config import NodeConfig
@@ -46,14 +47,13 @@ from protos.ids import Fence, JobId
 from protos.log import Log
 from protos.states import Activity, AttemptState, StopMode
 from protos.token import parse_token
-from protos.work import HeldLease, Outcome, Task
+from protos.work import HeldLease, Task
 
 log = Log("hive.node.daemon")
 
 _DRAIN_S = 60.0
 _DRAIN_ALONE_S = 15.0  # the same without a coordinator: workers write their checkpoint, nothing can be sent
 _GOODBYE_S = 2.0
-_REPORT_AGAIN_S = 1.0
 
 
 async def run(config: NodeConfig) -> None:
@@ -82,7 +82,6 @@ class Daemon:
         self._config = config
         self._identity = identity
         self._runner = runner
-        self._state = agent.State()
         self._spool = Spool(folder / "spool")
         self._session = Session(
             identity.current, self._hello, self._handle, self._delivered, self._beat, self._connected, self._spool
@@ -94,9 +93,17 @@ class Daemon:
         self._errands = Errands(runner, self._workspaces, config.name)
         self._store_calls = StoreCalls(self._session.send)
         self._tools = Tools(runner, self._workspaces, transfers, self._store_calls, self._session.send_durable)
+        self._attempts = Attempts(
+            config.name,
+            self._tools,
+            lambda: self._fitness,
+            self._background,
+            lambda: self._peering.break_off(),
+            self._changed,
+        )
         calibrations = CalibrationCache(folder / "calibration")
         self._fitness = Fitness(
-            config, capacity, runner, self._errands, transfers, self._session, calibrations, self._judge
+            config, capacity, runner, self._errands, transfers, self._session, calibrations, self._attempts.judge
         )
         service = PeerService(None, PeerFiles(self._cache, self._workspaces), transfers.limiter, self._is_working)
         self._peering = Peering(
@@ -110,15 +117,12 @@ class Daemon:
             transfers.limiter,
         )
         self._view = OwnerView(config.name, self._fitness, self._session, self._spool, runner, self._peering)
-        self._unfit = ""
-        self._attempts: dict[agent.Key, Attempt] = {}
         self._advertiser: Advertiser | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._under_way: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._joining = Joining(identity, self._stop, self._waits_for_owner)
         self._hurry = False
-        self._quiet = asyncio.Event()
         self._node_id = ""
         self._for_good = False
 
@@ -159,7 +163,7 @@ class Daemon:
     def _asked_to_stop(self) -> None:
         self._hurry = self._stop.is_set()  # asked before: what is not handed over by now stays here
         self._stop.set()
-        self._quiet.set()
+        self._attempts.quiet.set()
 
     async def _work(self) -> None:
         try:
@@ -209,7 +213,7 @@ class Daemon:
 
     async def _hand_over(self, why: str) -> None:
         """Stop what runs with a checkpoint and wait, bounded, until its reports are with the coordinator."""
-        self._apply(agent.OwnerAsked("drain", why))
+        self._attempts.apply(agent.OwnerAsked("drain", why))
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         while self._attempts or (self._session.is_connected and self._spool.waiting()):
@@ -217,25 +221,19 @@ class Daemon:
             if left_s <= 0 or self._hurry:
                 log.warning("not everything was handed over", waiting=len(self._spool.waiting()))
                 return
-            self._quiet.clear()
+            self._attempts.quiet.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, left_s)):  # the connection may break meanwhile
-                    await self._quiet.wait()
+                    await self._attempts.quiet.wait()
 
     # ---- what the session asks
 
-    def _activity(self) -> tuple[Activity, str]:
-        activity, reason = self._state.activity
-        if self._fitness.obstacle and not self._unfit and activity is not Activity.BUSY:
-            return Activity.PAUSED, self._fitness.obstacle
-        return activity, reason
-
     def _hello(self) -> pb.Hello:
-        leases = {(lease.job_id, lease.fence, lease.rank): lease for lease in self._state.leases()}
+        leases = {(lease.job_id, lease.fence, lease.rank): lease for lease in self._attempts.leases()}
         for message in self._spool.reports():  # of an earlier life of this daemon
             key = (JobId(message.job_id), Fence(message.fence), message.rank)
             leases.setdefault(key, HeldLease(*key, AttemptState(message.report.state)))
-        activity, reason = self._activity()
+        activity, reason = self._attempts.activity()
         self._fitness.told = self._fitness.capacity
         return pb.Hello(
             protocol=version.PROTOCOL,
@@ -251,8 +249,11 @@ class Daemon:
         )
 
     def _beat(self) -> pb.Heartbeat:
-        activity, reason = self._activity()
+        activity, reason = self._attempts.activity()
         return pb.Heartbeat(load=os.getloadavg()[0], activity=activity.value, activity_reason=reason)
+
+    def _changed(self) -> None:
+        self._session.send(pb.NodeMessage(heartbeat=self._beat()))
 
     def _connected(self) -> None:
         self._identity.connected()
@@ -263,12 +264,12 @@ class Daemon:
 
     def _delivered(self, durable: pb.Durable) -> None:
         """The coordinator has made it durable."""
-        self._quiet.set()
+        self._attempts.quiet.set()
         if durable.WhichOneof("body") != "report" or not durable.report.outcome_json:
             return
         job_id = JobId(durable.job_id)
-        self._apply(agent.Acknowledged(job_id, Fence(durable.fence), durable.rank))
-        if durable.report.state == AttemptState.DONE.value and all(job_id != other for other, *_ in self._attempts):
+        self._attempts.apply(agent.Acknowledged(job_id, Fence(durable.fence), durable.rank))
+        if durable.report.state == AttemptState.DONE.value and job_id not in self._attempts.jobs:
             self._workspaces.close_job(job_id)
 
     async def _handle(self, message: pb.CoordinatorMessage) -> None:
@@ -280,11 +281,11 @@ class Daemon:
     def _understand(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("body"):
             case "offer":
-                self._apply(agent.Offered(documents.decode(Task, message.offer.task_json)))
+                self._attempts.apply(agent.Offered(documents.decode(Task, message.offer.task_json)))
             case "stop":
                 stop = message.stop
                 mode = StopMode(stop.mode)
-                self._apply(agent.StopAsked(JobId(stop.job_id), Fence(stop.fence), mode, stop.reason))
+                self._attempts.apply(agent.StopAsked(JobId(stop.job_id), Fence(stop.fence), mode, stop.reason))
             case "store_reply":
                 self._store_calls.answered(message.store_reply)
             case "task_request":
@@ -298,14 +299,11 @@ class Daemon:
                 self._peering.take(message.roster)
             case "probe_order":
                 self._background(self._probe(message.probe_order))
-            case "drain":
-                action = "resume" if message.drain.undo else "drain"
-                self._apply(agent.OwnerAsked(action, message.drain.reason))
             case body:
                 log.warning("unknown message", body=body)
 
     async def _errand(self, request: work_pb2.TaskRequest) -> None:
-        activity, reason = self._activity()
+        activity, reason = self._attempts.activity()
         try:
             if activity is Activity.PAUSED:
                 raise Conflict(f"{self._config.name} takes no work: {reason}")
@@ -337,62 +335,6 @@ class Daemon:
         self._fitness.capacity = replace(self._fitness.capacity, peer_port=port)
         self._fitness.tell()
 
-    # ---- the agent's effects
-
-    def _apply(self, event: agent.Event) -> None:
-        before = self._activity()
-        decision = agent.step(self._state, event)
-        self._state = decision.state
-        for effect in decision.effects:
-            match effect:
-                case agent.Start(task):
-                    self._start(task)
-                case agent.StopWorker(job_id, fence, rank, mode, why):
-                    attempt = self._attempts.get((job_id, fence, rank))
-                    if attempt is not None:
-                        log.info("stopping", job=job_id, rank=rank, mode=mode.value, why=why)
-                        self._background(attempt.stop(mode))
-                case agent.Report(job_id, fence, rank, state, outcome):
-                    report = pb.Durable(job_id=job_id, fence=fence, rank=rank)
-                    report.report.state = state.value
-                    if outcome is not None:
-                        report.report.outcome_json = documents.encode(outcome)
-                    self._report(report)
-        if self._activity() != before:
-            self._session.send(pb.NodeMessage(heartbeat=self._beat()))
-
-    def _report(self, report: pb.Durable) -> None:
-        try:
-            self._session.send_durable(report)
-        except OSError as error:  # a report must not be lost: without it the job would wait for ever
-            log.error("report not written, trying again", job=report.job_id, reason=str(error))
-            self._background(self._report_later(report))
-
-    async def _report_later(self, report: pb.Durable) -> None:
-        while True:
-            await asyncio.sleep(_REPORT_AGAIN_S)
-            with contextlib.suppress(OSError):
-                return self._session.send_durable(report)
-
-    def _start(self, task: Task) -> None:
-        key = agent.key_of(task)
-
-        def ended(outcome: Outcome) -> None:
-            self._attempts.pop(key, None)
-            self._apply(agent.WorkerEnded(*key, outcome))
-            self._quiet.set()
-
-        listener = Listener(
-            ready=lambda: self._apply(agent.WorkerReady(*key)),
-            progressed=lambda step: self._apply(agent.WorkerProgressed(*key, step)),
-            ended=ended,
-            unable=self._fitness.doubt,
-        )
-        place = Place.of(task, self._config.name, self._fitness.capacity)
-        attempt = self._attempts[key] = Attempt(task, place, self._tools, listener)
-        self._peering.break_off()
-        self._background(attempt.run())
-
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         assert self._tasks is not None  # nothing is asked before run
         task = self._tasks.create_task(_guarded(work))
@@ -400,31 +342,17 @@ class Daemon:
         task.add_done_callback(self._under_way.discard)
         return task
 
-    def _judge(self, why: str) -> None:
-        """Workers do not start here (why), or do again (empty). The owner's own pause stays as it is."""
-        before, self._unfit = self._unfit, why
-        if why:
-            log.error("this machine takes no work", reason=why)
-            if self._state.paused in ("", before):
-                self._apply(agent.OwnerAsked("pause", why))
-        elif before and self._state.paused == before and not self._state.draining:
-            self._apply(agent.OwnerAsked("resume", ""))
-        self._session.send(pb.NodeMessage(heartbeat=self._beat()))
-
     def _sweep(self) -> None:
-        self._workspaces.sweep(frozenset(job_id for job_id, *_ in list(self._attempts)))
+        self._workspaces.sweep(self._attempts.jobs)
 
     # ---- the owner's commands
 
     async def handle_command(self, command: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         match command:
             case "pause":
-                self._apply(agent.OwnerAsked("pause", "paused by its owner"))
+                self._attempts.apply(agent.OwnerAsked("pause", "paused by its owner"))
             case "resume":
-                self._apply(agent.OwnerAsked("resume", ""))
-                if self._unfit:  # it is not the owner's word that is missing
-                    self._apply(agent.OwnerAsked("pause", self._unfit))
-                    self._fitness.try_again()
+                self._attempts.resume()
             case "drain":
                 await self._hand_over("draining on its owner's word")
             case "leave":
@@ -439,8 +367,8 @@ class Daemon:
                 await self._fitness.measure(again=True)
                 return {"schema": version.SCHEMA, "capacity": documents.plain(self._fitness.capacity)}
             case "doctor":
-                return {"schema": version.SCHEMA, "checks": self._view.checks(self._unfit, self._advertiser)}
-        status = self._view.status(self._node_id, *self._activity(), self._state.leases())
+                return {"schema": version.SCHEMA, "checks": self._view.checks(self._attempts.unfit, self._advertiser)}
+        status = self._view.status(self._node_id, *self._attempts.activity(), self._attempts.leases())
         return {"schema": version.SCHEMA, "node": status}
 
 

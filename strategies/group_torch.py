@@ -34,6 +34,7 @@ from strategies.tcp_connections import Connection, open_connections
 BROADCAST_CHUNK_BYTES = 16 * 1024 * 1024
 NEIGHBOURS = 2  # connections on which a stage of a pipeline sends at the same time: forward and backward
 UPLOAD_BURST_S = 0.5  # what a capped group may send at once after an idle time, in seconds of its rate
+_MARKS = ("gloo", "nccl", "connection closed", "connection reset")  # in what a backend says when it fails
 _ABANDONED: list[object] = []  # what a broken group may still write into: must outlive the IO threads
 
 
@@ -230,6 +231,13 @@ class Group:
             return
         with suppress(PeerLost):
             self.barrier()
+
+    def broke(self, error: BaseException) -> bool:
+        """Whether an exception out of a pass that itself talks to other ranks is this group's and not the model's."""
+        if not isinstance(error, RuntimeError):
+            return False
+        said = str(error).lower()
+        return self.broken.is_set() or isinstance(error, dist.DistError) or any(mark in said for mark in _MARKS)
 
     def lost(self, error: BaseException, *keep: object) -> PeerLost:
         """The failure as PeerLost; whatever the dead group may still touch is kept alive."""

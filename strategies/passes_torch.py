@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from protos.errors import Blame, ErrorCode, SpecError
@@ -16,8 +15,6 @@ from strategies.forward_torch import Forward, of_backward
 from strategies.group_torch import Group
 from strategies.loss_torch import Loss
 from strategies.single_node_torch import Scales
-
-_GROUP_MARKS = ("gloo", "nccl", "connection closed", "connection reset")
 
 
 class Passes:
@@ -80,8 +77,5 @@ def _raise_lost(group: Group, error: BaseException) -> None:
     """Only if that is what it is."""
     if isinstance(error, PeerLost):
         raise error
-    if not isinstance(error, RuntimeError):
-        return
-    text = str(error).lower()
-    if isinstance(error, dist.DistError) or any(mark in text for mark in _GROUP_MARKS):
+    if group.broke(error):
         raise group.lost(error) from error

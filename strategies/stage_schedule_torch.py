@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
+from protos.errors import HiveError
 from protos.plan import Schedule
 from strategies.faults_torch import PeerLost, UserCodeError, is_memory
 from strategies.group_torch import Group
@@ -24,7 +25,6 @@ from strategies.split_torch import Crossing, StageSpec
 
 Loss = Callable[[Any, Tensor], Tensor]
 T = TypeVar("T")
-_OF_A_GROUP = ("gloo", "connection", "timed out", "nccl", "socket", "peer", "transport")
 
 
 class StageForward(nn.Module):
@@ -148,10 +148,9 @@ class StageRunner:
             chain.append(link)
             link = link.__cause__
         for each in chain:
-            if isinstance(each, UserCodeError | PeerLost) or is_memory(each):
+            if isinstance(each, UserCodeError | PeerLost | HiveError) or is_memory(each):
                 return each
-        said = " ".join(str(each) for each in chain).lower()
-        if self._group.broken.is_set() or any(word in said for word in _OF_A_GROUP):
+        if any(self._group.broke(each) for each in chain):
             return self._group.lost(chain[-1])
         return UserCodeError("in the backward pass")
 

@@ -167,7 +167,7 @@ class Leaving(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., for_good: _Optional[bool] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "drain", "task_request", "task_cancel", "roster", "probe_order")
+    __slots__ = ("welcome", "echo", "offer", "stop", "acknowledged", "store_reply", "file_question", "task_request", "task_cancel", "roster", "probe_order")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
@@ -175,7 +175,6 @@ class CoordinatorMessage(_message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     STORE_REPLY_FIELD_NUMBER: _ClassVar[int]
     FILE_QUESTION_FIELD_NUMBER: _ClassVar[int]
-    DRAIN_FIELD_NUMBER: _ClassVar[int]
     TASK_REQUEST_FIELD_NUMBER: _ClassVar[int]
     TASK_CANCEL_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
@@ -187,26 +186,17 @@ class CoordinatorMessage(_message.Message):
     acknowledged: Acknowledged
     store_reply: _work_pb2.StoreReply
     file_question: _work_pb2.FileQuestion
-    drain: Drain
     task_request: _work_pb2.TaskRequest
     task_cancel: _work_pb2.TaskCancel
     roster: SignedRoster
     probe_order: ProbeOrder
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ..., task_cancel: _Optional[_Union[_work_pb2.TaskCancel, _Mapping]] = ..., roster: _Optional[_Union[SignedRoster, _Mapping]] = ..., probe_order: _Optional[_Union[ProbeOrder, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., echo: _Optional[_Union[HeartbeatEcho, _Mapping]] = ..., offer: _Optional[_Union[_work_pb2.Offer, _Mapping]] = ..., stop: _Optional[_Union[_work_pb2.Stop, _Mapping]] = ..., acknowledged: _Optional[_Union[Acknowledged, _Mapping]] = ..., store_reply: _Optional[_Union[_work_pb2.StoreReply, _Mapping]] = ..., file_question: _Optional[_Union[_work_pb2.FileQuestion, _Mapping]] = ..., task_request: _Optional[_Union[_work_pb2.TaskRequest, _Mapping]] = ..., task_cancel: _Optional[_Union[_work_pb2.TaskCancel, _Mapping]] = ..., roster: _Optional[_Union[SignedRoster, _Mapping]] = ..., probe_order: _Optional[_Union[ProbeOrder, _Mapping]] = ...) -> None: ...
 
 class Acknowledged(_message.Message):
     __slots__ = ("seq",)
     SEQ_FIELD_NUMBER: _ClassVar[int]
     seq: int
     def __init__(self, seq: _Optional[int] = ...) -> None: ...
-
-class Drain(_message.Message):
-    __slots__ = ("reason", "undo")
-    REASON_FIELD_NUMBER: _ClassVar[int]
-    UNDO_FIELD_NUMBER: _ClassVar[int]
-    reason: str
-    undo: bool
-    def __init__(self, reason: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
 
 class SignedRoster(_message.Message):
     __slots__ = ("roster_json", "signature")

@@ -62,7 +62,11 @@ class Bench:
             busy = len(willing) >= size
             reason = Reason.WAITING_FOR_BUSY_NODES if busy else Reason.WAITING_FOR_NODES
             return e.Unplaced("not enough nodes", "start one", False, reason)
-        return plan_on([*holders, *(node for node in idle if node not in holders)][:size])
+        return self.plan_of([*holders, *(node for node in idle if node not in holders)][:size], idle)
+
+    def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
+        """On the nodes that were chosen among the idle ones; tests with other planners change this."""
+        return plan_on(nodes)
 
     def do(self, event: e.Event) -> tuple[e.Effect, ...]:
         decision = step(self.state, event, self.now_s, self.plan_for, TIMING)

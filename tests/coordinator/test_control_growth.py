@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -20,17 +21,7 @@ class Growing(Bench):
     steps: int = 1000
     strategy: str = "data_parallel"
 
-    def plan_for(
-        self,
-        job_id: JobId,
-        idle: tuple[NodeId, ...],
-        willing: tuple[NodeId, ...],
-        holders: tuple[NodeId, ...],
-        previous: str | None,
-    ) -> Plan | e.Unplaced:
-        found = super().plan_for(job_id, idle, willing, holders, previous)
-        if isinstance(found, e.Unplaced):
-            return found
+    def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
         estimate = CostEstimate(1.0, 1.0 / len(idle), 1.0, {})
         return replace(plan_on(idle), estimate=estimate, steps=self.steps, strategy=self.strategy)
 
@@ -124,18 +115,10 @@ def test_one_that_would_hold_up_the_newcomer_is_left_out_and_it_is_said() -> Non
     class Choosy(Growing):
         """Never b beside c."""
 
-        def plan_for(
-            self,
-            job_id: JobId,
-            idle: tuple[NodeId, ...],
-            willing: tuple[NodeId, ...],
-            holders: tuple[NodeId, ...],
-            previous: str | None,
-        ) -> Plan | e.Unplaced:
+        def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
             kept = tuple(node for node in idle if node != "b" or "c" not in idle)
-            found = super().plan_for(job_id, kept, willing, holders, previous)
-            quick = 0.1 if "c" in kept else 0.5
-            return replace(found, estimate=CostEstimate(1.0, quick, 1.0, {})) if isinstance(found, Plan) else found
+            estimate = CostEstimate(1.0, 0.1 if "c" in kept else 0.5, 1.0, {})
+            return replace(super().plan_of(nodes, kept), estimate=estimate)
 
     bench = Choosy()
     bench.running("a", "b")

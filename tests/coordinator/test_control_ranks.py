@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -23,18 +24,7 @@ A, B = NodeId("a"), NodeId("b")
 class Ranks(Bench):
     """Node a has two GPUs, every other one."""
 
-    def plan_for(
-        self,
-        job_id: JobId,
-        idle: tuple[NodeId, ...],
-        willing: tuple[NodeId, ...],
-        holders: tuple[NodeId, ...],
-        previous: str | None,
-    ) -> Plan | e.Unplaced:
-        found = super().plan_for(job_id, idle, willing, holders, previous)
-        if isinstance(found, e.Unplaced):
-            return found
-        nodes = [subtask.node_id for subtask in found.subtasks]
+    def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
         return plan_on([node for node in nodes for _ in range(2 if node == A else 1)])
 
 

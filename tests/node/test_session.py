@@ -208,8 +208,8 @@ def test_after_an_outage_only_what_was_not_accepted_is_sent_again(tmp_path: Path
         assert [(await again.hear()).seq for _ in range(3)] == [3, 4, 5]
         assert node.delivered == [1, 2]
         await again.acknowledge(5)
-        await again.say(drain=pb.Drain(reason="to see that it was read"))
-        while "drain" not in node.handled:
+        await again.say(task_cancel=work_pb2.TaskCancel(call_id=1))
+        while "task_cancel" not in node.handled:
             await again.hear("heartbeat")
         assert node.delivered == [1, 2, 3, 4, 5] and not node.spool.waiting()
         assert len(set(map(id, node.connections))) == 2
@@ -355,7 +355,7 @@ def test_a_stream_that_breaks_while_the_session_is_cancelled_still_ends_it(tmp_p
 
         node.on_message = trouble
         stream = await made.far.next()
-        await stream.say(drain=pb.Drain(reason="now"))
+        await stream.say(task_cancel=work_pb2.TaskCancel(call_id=1))
         assert node.running is not None
         await asyncio.wait({node.running})
         assert node.running.cancelled()
