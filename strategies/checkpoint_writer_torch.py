@@ -30,9 +30,19 @@ class CheckpointWriter:
         self._writing: tuple[Future[Path], TrainingState] | None = None
         self._due = time.monotonic() + every_s
 
+    @property
+    def busy(self) -> bool:
+        """A checkpoint is being written, or written and not announced yet."""
+        return self._writing is not None
+
     def due(self) -> bool:
         """Time for the next one, and the last one has been written."""
-        return self._writing is None and time.monotonic() >= self._due
+        return not self.busy and time.monotonic() >= self._due
+
+    @property
+    def busy(self) -> bool:
+        """A write is under way, or has ended and was not polled."""
+        return self._writing is not None
 
     def start(self, state: TrainingState) -> None:
         """`state` must be a copy. Waits for a write that is under way."""

@@ -43,7 +43,11 @@ class Channel(Protocol):
     def progress(self, progress: Progress) -> None: ...
 
     def checkpoint(self, folder: Path, step: int, samples: int) -> None:
-        """A committed checkpoint lies in `folder` (rank 0 only): the node uploads it in the background."""
+        """A committed checkpoint lies in `folder` (one rank per part): the node uploads it in the background, or lets
+        it be while it still uploads the last one."""
+
+    def uploading(self) -> bool:
+        """Whether an announced checkpoint is still on its way. Cheap enough for every step."""
 
     def artifact(self, name: str, path: Path) -> None:
         """A result file, finished and fsynced: the node uploads it before it reports DONE."""

@@ -6,6 +6,7 @@ import torch
 
 from protos.states import StopMode
 from strategies.context import TaskContext
+from strategies.cut_model_torch import CutModel
 from strategies.data.dataset import Dataset
 from strategies.engine_torch import Engine
 from strategies.faults_torch import Stopped
@@ -20,7 +21,7 @@ from strategies.whole_model_torch import WholeModel
 def make_engine(context: TaskContext, group: Group, loss: Loss, dataset: Dataset) -> Engine:
     """Connects the group and builds what this rank holds. Raises Stopped, PeerLost, SpecError, UserCodeError."""
     device, layout = torch.device(context.device), context.task.layout
-    engine: WholeModel | PipelineStages | Sharded | TensorParallel
+    engine: WholeModel | PipelineStages | CutModel
     if layout is not None and len(layout.stages) > 1:
         engine = PipelineStages(context, loss, dataset, device)
     elif layout is not None and layout.tensor > 1:

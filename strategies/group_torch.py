@@ -13,8 +13,8 @@ import ipaddress
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -70,6 +70,7 @@ class Group:
     upload: TokenBucket | None = None
     pace_bytes_per_s: float | None = None  # of each connection, where a library and not this class sends
     clock: Callable[[], float] = time.monotonic
+    deadline_s: float = 20.0  # of a collective
     _backends: list[Any] = field(default_factory=list)  # of this group and its subgroups
     _store: object = None  # its python half must live as long as subgroups may be made
     _connections: frozenset[Connection] | None = None
@@ -206,7 +207,7 @@ class Group:
         Its collectives are not counted here: `sent_by_kernel` counts all connections.
         """
         try:
-            made: dist.ProcessGroup | None = dist.new_group(list(ranks))
+            made: dist.ProcessGroup | None = dist.new_group(list(ranks), timeout=timedelta(seconds=self.deadline_s))
         except RuntimeError as error:
             raise self.lost(error) from error
         self.connected()
@@ -218,8 +219,19 @@ class Group:
 
     def set_deadline(self, seconds: float) -> None:
         """Of collectives that start from now on."""
+        self.deadline_s = seconds
         for backend in self._backends:
             backend._set_default_timeout(timedelta(seconds=seconds))
+
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Collectives that start inside have at least so long: others come to them from work of their own."""
+        before = self.deadline_s
+        self.set_deadline(max(before, seconds))
+        try:
+            yield
+        finally:
+            self.set_deadline(before)
 
     def sent_by_kernel(self) -> int:
         """Bytes handed to TCP over all connections of the group and its subgroups, retransmissions included."""
@@ -298,7 +310,8 @@ def connect(context: TaskContext, group: Group) -> Group:
     store = group._store = ChannelStore(context.channel.store, task.deadline_s, group.broken.is_set)
     prefixed = PrefixStore(f"fence-{task.fence}", store)
     group._before = open_connections()
-    timeout = timedelta(seconds=task.collective_timeout_s)
+    group.deadline_s = task.collective_timeout_s
+    timeout = timedelta(seconds=group.deadline_s)
     try:
         devices = _devices(context, prefixed)
         nccl = all(device.startswith("cuda") for device in devices) and dist.is_nccl_available()

@@ -35,11 +35,10 @@ def chunk_of(shape: tuple[int, ...], dimension: int, rank: int, ranks: int) -> E
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of the state dict. `dimension`: which is cut over the ranks; None when every rank holds it whole."""
+    """One tensor of the state dict."""
 
     local: Tensor  # a Parameter when it is one of the model's
     extent: Extent
-    dimension: int | None
 
     @property
     def trainable(self) -> bool:

@@ -28,7 +28,7 @@ from strategies.extent import Extent
 from strategies.group_torch import Group
 from strategies.heap import return_large_blocks
 from strategies.loss_torch import Loss
-from strategies.model_stream_torch import stream_model
+from strategies.model_file_torch import write_whole_model
 from strategies.optimizer_torch import build_optimizer
 from strategies.sample_order import slice_of
 from strategies.split_torch import StageSpec, build_part, cut, stage_module, tied, trace_job
@@ -192,4 +192,4 @@ class PipelineStages:
         self._sync.restored()
 
     def write_model(self, path: Path) -> bool:
-        return stream_model(path, self._group, self.state() if self._replica == 0 else {})
+        return write_whole_model(path, self._group, self.state(), {}, {})

@@ -119,15 +119,22 @@ def collect(group: Group, states: Sequence[TrainingState], engine: Engine) -> Tr
 
 def agree_on_start(group: Group, engine: Engine) -> None:
     """Of tensors that several ranks hold, all take the lowest rank's initial values."""
-    state, extents = engine.state(), engine.extents()
-    needs = {(MODEL, name): extents.get(name, Extent.whole(tensor.shape)) for name, tensor in state.items()}
-    having = {key: [Held(_dtype(state[key[1]]), extent)] for key, extent in needs.items()}
-    everyone = [_parsed(content).having for content in group.gather_bytes(_described((), having))]
-    wanted = [_parse_needs(content) for content in group.gather_bytes(_describe_needs(needs))]
-    transfers = plan_transfers(everyone, wanted, own_first=False)
-    targets = {key: state[key[1]] for key in needs}
+    state = engine.state()
+    everyone = gather_holdings(group, state, engine.extents())
+    wanted = [{key: held[0].extent for key, held in having.items()} for having in everyone]
+    needs, targets = wanted[group.rank], {(MODEL, name): tensor for name, tensor in state.items()}
     with torch.no_grad():
-        perform(group, transfers, needs, targets, lambda key, box: state[key[1]][box.inside(needs[key])])
+        transfers = plan_transfers(everyone, wanted, own_first=False)
+        perform(group, transfers, needs, targets, lambda key, box: targets[key][box.inside(needs[key])])
+
+
+def gather_holdings(group: Group, state: Mapping[str, Tensor], extents: Mapping[str, Extent]) -> list[Having]:
+    """What every rank's engine has of the model, in the order of the ranks."""
+    having = {
+        (MODEL, name): [Held(_dtype(tensor), extents.get(name, Extent.whole(tensor.shape)))]
+        for name, tensor in state.items()
+    }
+    return [_parsed(content).having for content in group.gather_bytes(_described((), having))]
 
 
 def perform(

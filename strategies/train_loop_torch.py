@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,11 +20,11 @@ from protos.errors import Blame, ErrorCode, SpecError
 from protos.jobspec import JobSpec
 from protos.states import AttemptState, StopMode
 from protos.work import Metrics, Outcome, Usage
-from strategies import checkpoint_torch, memory_use_torch, sampling_torch
+from strategies import checkpoint_torch, memory_use_torch, model_torch, sampling_torch
 from strategies.batches_torch import BatchSource, Slicing, read
 from strategies.checkpoint_pace_torch import CheckpointPace
 from strategies.checkpoint_writer_torch import CheckpointWriter
-from strategies.collective_deadline import StepTimes
+from strategies.collective_deadline import StepTimes, patience_s
 from strategies.context import TaskContext
 from strategies.data.dataset import Dataset, Indices
 from strategies.data.finite import not_finite
@@ -47,7 +48,10 @@ STOP_GRACE_S = 0.3  # a broken collective may be the first sign of a stop reques
 
 @dataclass(slots=True)
 class Run:
-    """Everything of one attempt. `step` and `samples` are committed, of the job; `own_*` are of this attempt."""
+    """Everything of one attempt. `step` and `samples` are committed, of the job; `own_*` are of this attempt.
+
+    `patience_s`: of collectives to which another rank may come from a file it writes or an evaluation.
+    """
 
     context: TaskContext
     spec: JobSpec
@@ -67,6 +71,8 @@ class Run:
     pace: CheckpointPace
     baseline_memory_bytes: int
     steps: StepRecord
+    patience_s: float
+    checkpointed_at: int = -1  # the last step of which some rank wrote a checkpoint
     own_samples: int = 0
     evaluated_at: int = -1
     score: Score | None = None
@@ -95,6 +101,7 @@ def train(context: TaskContext) -> Outcome:
     started = time.perf_counter()
     try:
         loop(run)
+        run.group.set_deadline(run.patience_s)  # files are all that is left to wait for
         run.group.close()
         return finish(run, usage(run, started, started - began))
     except (PeerLost, Stopped) as error:
@@ -111,16 +118,24 @@ def prepare(context: TaskContext, group: Group) -> Run:
     train_data, test_data = open_data(context)
     check_identified(context, train_data.digest)
     loss = Loss(spec.train.loss, workspace.code_dir)
+    model_torch.prepare(spec.model, workspace.code_dir, workspace.weights_path)  # libraries belong to the baseline
     baseline_bytes = memory_use_torch.now_bytes(device)
     engine = make_engine(context, group, loss, train_data)
-    agree_on_data(group, train_data.digest, train_data.rows)
     digest = checkpoint_torch.spec_digest(spec)
-    start = synchronise(group, engine, workspace.checkpoint_dir, digest)
+    with group.patient(task.deadline_s):  # until others have checked and read what lies on their disks
+        agree_on_data(group, train_data.digest, train_data.rows)
+        start = synchronise(group, engine, workspace.checkpoint_dir, digest)
     per_epoch = steps_per(train_data.rows, spec.train.batch_size)
     total = spec.train.steps or (spec.train.epochs or 1) * per_epoch
     channel, kept = context.channel, spec.checkpoint
     reporter = Reporter(channel.progress, Totals(total, spec.train.epochs), task.rank, context.node_name, start.samples)
-    writer = CheckpointWriter(workspace.checkpoint_dir, digest, kept.keep, kept.every_s, channel.checkpoint)
+
+    def announce(folder: Path, step: int, samples: int) -> None:
+        if engine.part[1] == 1 or pace.uploads(step):
+            channel.checkpoint(folder, step, samples)
+
+    writer = CheckpointWriter(workspace.checkpoint_dir, digest, kept.keep, kept.every_s, announce)
+    pace = CheckpointPace(group, start.step, kept.every_s, lambda: writer.busy or channel.uploading())
     channel.ready()
     return Run(
         context=context,
@@ -138,9 +153,10 @@ def prepare(context: TaskContext, group: Group) -> Run:
         step=start.step,
         samples=start.samples,
         first_step=start.step,
-        pace=CheckpointPace(group, start.step, kept.every_s),
+        pace=pace,
         baseline_memory_bytes=baseline_bytes,
         steps=StepRecord(group),
+        patience_s=patience_s(sum(tensor.nbytes for tensor in engine.state().values()) * engine.part[1]),
     )
 
 
@@ -157,12 +173,13 @@ def loop(run: Run) -> None:
             rate = learning_rate(train.schedule, train.optimizer.lr, run.step, run.steps_total)
             seed_step(run)
             run.steps.begin()
-            loss = engine.gradients(batch)
-            if run.group.world_size > 1 and not torch.isfinite(loss):
-                run.reporter.flush()
-                raise NotANumber(run.step + 1, rate, float(loss))
-            if train.clip_norm is not None:
-                engine.clip(train.clip_norm)
+            with run.group.patient(run.patience_s if run.step == run.checkpointed_at else 0.0):
+                loss = engine.gradients(batch)
+                if run.group.world_size > 1 and not torch.isfinite(loss):
+                    run.reporter.flush()
+                    raise NotANumber(run.step + 1, rate, float(loss))
+                if train.clip_norm is not None:
+                    engine.clip(train.clip_norm)
             set_learning_rate(engine.optimizer, rate)
             engine.optimizer.step()
             run.steps.end()
@@ -222,7 +239,8 @@ def evaluate_now(run: Run) -> None:
         return
     started = time.perf_counter()
     task = run.context.task
-    run.score = run.engine.evaluate(run.test_data)
+    with run.group.patient(run.patience_s):
+        run.score = run.engine.evaluate(run.test_data)
     metrics = Metrics(
         time.time(),
         run.step,
@@ -239,15 +257,16 @@ def evaluate_now(run: Run) -> None:
 
 
 def checkpoint_if_due(run: Run) -> None:
-    """One rank per part: the node uploads what it announces."""
-    if run.engine.part[1] > 1:
-        due = run.pace.due(run.step)  # parts of one step only are a state: all ranks ask, and all hear the same
-    else:
-        due = run.engine.keeps and run.writer.due()
+    """One rank per part writes: the node uploads what it announces. Every rank hears at which step: parts of one step
+    only are a state, and at the next step those who do not write wait for those who do."""
+    alone, whole = run.group.world_size == 1, run.engine.part[1] == 1
+    due = run.writer.due() if alone else run.pace.due(run.step)
+    if due:
+        run.checkpointed_at = run.step
     if not run.engine.keeps:
         return
     run.writer.poll()
-    if due:
+    if due and not (whole and run.writer.busy):
         run.reporter.flush()  # never checkpoint a state whose loss is not a number
         if has_room_for_copy(run):
             run.writer.start(capture(run, copy=True))

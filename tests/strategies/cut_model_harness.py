@@ -1,7 +1,7 @@
-"""Runs one rank of a group whose ranks cut a model, through many cases: `python cut_model_harness.py CONFIG.json`.
+"""Runs one rank of a group whose ranks cut a model, through many cases, in a process of its own (warm_ranks.py).
 
-Processes are dear, so one group runs all cases of a file one after the other; what a rank found out about a case is
-written to `CASE/rank-N/` below the folder of the group.
+Connecting is dear, so one group runs all cases of a file one after the other; what a rank found out about a case is
+written to `CASE/rank-N/` below the folder of the group, what it printed to `process-N/`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine_harness import ROOT, Job, RecordingChannel, TestStore
+from engine_harness import Job, RecordingChannel, TestStore
+from warm_ranks import STDERR, WarmProcess
 
 from protos import documents
 from protos.plan import Layout
@@ -48,7 +48,6 @@ class CutGroup:
     def __init__(self, folder: Path, port: int, ranks: int, cases: list[Case]) -> None:
         self.folder = folder
         self.ranks = ranks
-        folder.mkdir(parents=True)
         self.processes = []
         for rank in range(ranks):
             document = []
@@ -65,16 +64,10 @@ class CutGroup:
                         "end": case.end,
                     }
                 )
-            config = folder / f"config-{rank}.json"
+            config = self._process(rank) / "config.json"
+            config.parent.mkdir(parents=True)
             config.write_text(json.dumps({"port": port, "folder": str(folder), "cases": document}))
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(config)],
-                    stdout=(folder / f"stdout-{rank}").open("w"),
-                    stderr=(folder / f"stderr-{rank}").open("w"),
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                )
-            )
+            self.processes.append(WarmProcess(config, "cut_model_harness"))
 
     def wait(self) -> None:
         for process in self.processes:
@@ -85,11 +78,15 @@ class CutGroup:
             if process.poll() is None:
                 process.kill()
             process.wait(10)
+            process.stdin.close()
+
+    def _process(self, rank: int) -> Path:
+        return self.folder / f"process-{rank}"
 
     def found(self, name: str, rank: int = 0) -> dict[str, Any]:
         """What a rank reports of a case; fails with its traceback when it got no further."""
         path = self.folder / name / f"rank-{rank}" / "found.json"
-        assert path.exists(), (self.folder / f"stderr-{rank}").read_text()[-4000:]
+        assert path.exists(), (self._process(rank) / STDERR).read_text()[-4000:]
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
@@ -201,13 +198,14 @@ def run_case(context: TaskContext, group: Any, case: dict[str, Any], folder: Pat
     }
 
 
-def main() -> None:
+def run_rank(path: Path) -> None:
+    """Ends the process."""
     import torch
 
     from strategies.group_torch import Group, connect
 
     torch.set_num_threads(1)
-    config = json.loads(Path(sys.argv[1]).read_text())
+    config = json.loads(path.read_text())
     channel = RecordingChannel(TestStore(config["port"]))
     group: Any = None
     for case in config["cases"]:
@@ -232,7 +230,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

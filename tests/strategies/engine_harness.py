@@ -72,8 +72,12 @@ class TestStore:
 class RecordingChannel:
     """Channel that records to files (subprocess) or to memory (in the test process), and can stop the task."""
 
-    def __init__(self, store: Any = None, log: Path | None = None, stop_at_step: int | None = None) -> None:
+    def __init__(
+        self, store: Any = None, log: Path | None = None, stop_at_step: int | None = None, upload_s: float = 0.0
+    ) -> None:
         self.store = store
+        self._upload_s = upload_s  # how long each checkpoint is on its way
+        self._uploaded_s = 0.0
         self.records: list[dict[str, Any]] = []
         self._log = log.open("a", buffering=1) if log else None
         self._mode: StopMode | None = None
@@ -95,7 +99,11 @@ class RecordingChannel:
             self.stop(StopMode.PAUSE)
 
     def checkpoint(self, folder: Path, step: int, samples: int) -> None:
-        self.record("checkpoint", folder=str(folder), step=step, samples=samples)
+        self.record("checkpoint", folder=str(folder), step=step, samples=samples, refused=self.uploading())
+        self._uploaded_s = max(self._uploaded_s, time.monotonic() + self._upload_s)
+
+    def uploading(self) -> bool:
+        return time.monotonic() < self._uploaded_s
 
     def artifact(self, name: str, path: Path) -> None:
         self.record("artifact", name=name, path=str(path), bytes=path.stat().st_size)
@@ -177,9 +185,18 @@ class Rank:
     """A rank in a process of its own."""
 
     def __init__(
-        self, job: Job, port: int, node: str, task: Task, attempt: str = "0", upload: float | None = None
+        self,
+        job: Job,
+        port: int,
+        node: str,
+        task: Task,
+        attempt: str = "0",
+        upload: float | None = None,
+        memory_bytes: int | None = None,
+        upload_s: float = 0.0,
     ) -> None:
         self.folder = job.folder / f"{node}-run-{attempt}"
+        self._node_folder = job.folder / node
         self.folder.mkdir(parents=True, exist_ok=True)
         workspace = job.workspace(node, attempt)
         config = {
@@ -189,6 +206,8 @@ class Rank:
             "node": node,
             "folder": str(self.folder),
             "upload": upload,
+            "memory_bytes": memory_bytes,
+            "upload_s": upload_s,
         }
         (self.folder / "config.json").write_text(json.dumps(config))
         self.log = self.folder / "progress.jsonl"
@@ -225,6 +244,10 @@ class Rank:
         self.process.wait(10)
         self.process.stdin.close()
 
+    def remove(self) -> None:
+        """What its node has kept, and what it has handed over."""
+        shutil.rmtree(self._node_folder)
+
 
 def run_rank(path: Path) -> None:
     """Ends the process."""
@@ -235,7 +258,7 @@ def run_rank(path: Path) -> None:
     torch.set_num_threads(1)
     config = json.loads(path.read_text())
     folder = Path(config["folder"])
-    channel = RecordingChannel(TestStore(config["port"]), folder / "progress.jsonl")
+    channel = RecordingChannel(TestStore(config["port"]), folder / "progress.jsonl", upload_s=config["upload_s"])
 
     def listen() -> None:
         for line in sys.stdin:
@@ -244,7 +267,8 @@ def run_rank(path: Path) -> None:
     threading.Thread(target=listen, daemon=True).start()
     workspace = Workspace(**{name: Path(value) if value else None for name, value in config["workspace"].items()})
     task = documents.decode(Task, json.dumps(config["task"]))
-    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], None, config["upload"]))
+    limits = config["memory_bytes"], config["upload"]
+    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], *limits))
     (folder / "outcome.json").write_bytes(documents.encode(outcome))
     sys.stdout.flush()
     os._exit(0)

@@ -1,5 +1,6 @@
 """Processes at the price of a fork: `python warm_ranks.py` imports torch and the engines once, then forks a process for
-each configuration it is told. `WarmProcess` is the side of the tests, with what they need of subprocess.Popen.
+each configuration it is told. `WarmProcess` is the side of the tests, with what they need of subprocess.Popen; what
+else many of them need is imported once as well, by `import_once`.
 
 The server ends with the test process, and takes with it what it forked.
 """
@@ -7,6 +8,8 @@ The server ends with the test process, and takes with it what it forked.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 import selectors
 import signal
@@ -16,7 +19,8 @@ import threading
 from pathlib import Path
 from typing import IO
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.resolve().parents[1]
 STDIN, STDOUT, STDERR = "stdin.fifo", "stdout", "stderr"
 
 
@@ -26,33 +30,34 @@ class _Server:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{HERE}"},
             text=True,
         )
         self.lock = threading.Lock()
         self.changed = threading.Condition()
-        self.started: list[int] = []
+        self.answers: list[int] = []
         self.ended: dict[int, int] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def start(self, config: Path) -> int:
+    def ask(self, line: str) -> int:
+        """The answer to `start HARNESS CONFIG` is a pid, the one to `import MODULE` is 0."""
         assert self.process.stdin is not None
         with self.lock:
-            before = len(self.started)
-            self.process.stdin.write(f"{config}\n")
+            before = len(self.answers)
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
             with self.changed:
-                if not self.changed.wait_for(lambda: len(self.started) > before, 60):
+                if not self.changed.wait_for(lambda: len(self.answers) > before, 60):
                     raise AssertionError("the server of warm processes did not answer")
-            return self.started[-1]
+            return self.answers[-1]
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             kind, pid, status = line.split()
             with self.changed:
-                if kind == "started":
-                    self.started.append(int(pid))
+                if kind == "answer":
+                    self.answers.append(int(pid))
                 else:
                     self.ended[int(pid)] = os.waitstatus_to_exitcode(int(status))
                 self.changed.notify_all()
@@ -61,20 +66,29 @@ class _Server:
 _server: _Server | None = None
 
 
+def _running() -> _Server:
+    global _server
+    if _server is None or _server.process.poll() is not None:
+        _server = _Server()
+    return _server
+
+
+def import_once(module: str) -> None:
+    """Every process that is started from now on finds it imported."""
+    _running().ask(f"import {module}")
+
+
 class WarmProcess:
-    """Runs the rank of `config` (engine_harness.run_rank); its output lies in the files beside the configuration."""
+    """Runs the rank of `config`: `run_rank` of the module `harness`; its output lies beside the configuration."""
 
     stdin: IO[bytes]
 
-    def __init__(self, config: Path) -> None:
-        global _server
-        if _server is None or _server.process.poll() is not None:
-            _server = _Server()
-        self._server = _server
+    def __init__(self, config: Path, harness: str = "engine_harness") -> None:
+        self._server = _running()
         fifo = config.parent / STDIN
         fifo.unlink(missing_ok=True)
         os.mkfifo(fifo)
-        self.pid = _server.start(config)
+        self.pid = self._server.ask(f"start {harness} {config}")
         self.stdin = fifo.open("wb", buffering=0)  # waits for the other side to read
         self.returncode: int | None = None
 
@@ -96,10 +110,10 @@ class WarmProcess:
 
 
 def main() -> None:
+    import engine_harness  # noqa: F401  what every rank needs
     import torch
-    from engine_harness import run_rank
 
-    import strategies.run_torch  # noqa: F401  what every rank needs
+    import strategies.run_torch  # noqa: F401
 
     torch.set_num_threads(1)
     watched = selectors.DefaultSelector()
@@ -119,15 +133,22 @@ def main() -> None:
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
                 return
-            config = Path(line.strip())
+            kind, _, argument = line.strip().partition(" ")
+            if kind == "import":
+                importlib.import_module(argument)
+                os.write(1, b"answer 0 0\n")
+                continue
+            harness, _, path = argument.partition(" ")
+            config = Path(path)
+            gc.freeze()  # what is imported stays: a collection in a rank need not look at it, nor copy its pages
             pid = os.fork()
             if pid == 0:
                 watched.close()
                 _redirect(config.parent)
-                run_rank(config)
+                importlib.import_module(harness).run_rank(config)
             running[pid] = os.pidfd_open(pid)
             watched.register(running[pid], selectors.EVENT_READ, pid)
-            os.write(1, f"started {pid} 0\n".encode())
+            os.write(1, f"answer {pid} 0\n".encode())
 
 
 def _redirect(folder: Path) -> None:
