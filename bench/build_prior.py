@@ -12,7 +12,9 @@ import json
 import math
 import random
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -45,16 +47,21 @@ _RTT_S = ((5e-5, 2e-3), (2e-3, 3e-2), (3e-2, 0.3))
 
 def build(worlds: int = WORLDS, seed: int = SEED) -> Array:
     q0 = np.full(SHAPE, -LIMIT)
-    for cell in product(*(range(size) for size in SHAPE[:-1])):
-        rng = random.Random(f"{seed}/{cell}")
-        seen: dict[str, list[float]] = {action: [] for action in ACTIONS}
-        for _ in range(worlds):
-            for action, value in _world(StateKey(*cell), rng).items():
-                seen[action].append(value)
-        for index, action in enumerate(ACTIONS):
-            if seen[action]:
-                q0[(*cell, index)] = sum(seen[action]) / len(seen[action])
+    cells = list(product(*(range(size) for size in SHAPE[:-1])))
+    with ProcessPoolExecutor() as pool:  # cells know nothing of each other
+        for cell, means in zip(cells, pool.map(partial(_means, worlds, seed), cells, chunksize=4), strict=True):
+            q0[cell] = means
     return q0
+
+
+def _means(worlds: int, seed: int, cell: tuple[int, ...]) -> list[float]:
+    """Of the rewards of each action in one cell."""
+    rng = random.Random(f"{seed}/{cell}")
+    seen: dict[str, list[float]] = {action: [] for action in ACTIONS}
+    for _ in range(worlds):
+        for action, value in _world(StateKey(*cell), rng).items():
+            seen[action].append(value)
+    return [sum(seen[action]) / len(seen[action]) if seen[action] else -LIMIT for action in ACTIONS]
 
 
 def _world(key: StateKey, rng: random.Random) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, TypeVar
 
 from protos.ids import NodeId
@@ -22,6 +23,7 @@ LIMIT = 2.0  # of a logarithm: further off, something else was wrong
 LEAST_WEIGHT = 0.1  # of a new outcome
 FIRST_WEIGHT = 0.5  # of the very first: half way from what the formulas say
 NOTICEABLE = 0.02  # of a step: shorter waits say nothing about a network
+LEAST_STAGE = 0.25  # of what ranks compute on average: a stage with less says nothing about the model's other layers
 LEAST_SHARE = 0.1  # of a predicted part that is left when the other part explains all that was measured
 MOST_KEYS = 10_000  # of each kind
 
@@ -138,6 +140,8 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     said = dict(usages)
     tensor = plan.layout is not None and plan.layout.tensor > 1
     pairs = [(rank, said[k]) for k, rank in enumerate(estimate.ranks) if k in said and not tensor]
+    average_s = fmean(rank.compute_s for rank in estimate.ranks) if estimate.ranks else 0.0
+    least_of_model_s = LEAST_STAGE * average_s if basis.work is Work.STAGE else 0.0
     found: dict[str, Any] = {
         "basis": {
             "work": basis.work.value,
@@ -146,7 +150,7 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
             "modelled_step_s": basis.modelled_step_s,
             "remembered": basis.remembered,
         },
-        "ranks": [_compared(rank, usage) for rank, usage in pairs],
+        "ranks": [_compared(rank, usage) for rank, usage in pairs if rank.compute_s >= least_of_model_s],
     }
     if len(pairs) > 1 and len(pairs) == len(estimate.ranks):
         predicted_s = basis.modelled_step_s - max(rank.compute_s for rank, _ in pairs)

@@ -16,7 +16,7 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 3
+COST_MODEL_VERSION = 4
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time
@@ -28,7 +28,8 @@ GROUP_PER_RANK_S = 0.05
 CODEC_BYTES_PER_S = 2e9  # fp32 to fp16 or back, one thread
 FP16_PENALTY = 0.01  # of the compute time, for what rounding the gradients may cost in convergence
 EVALUATION_FACTOR = 1.0  # forward only
-COLLECTIVE_S = 2e-4  # of any collective: handed to gloo's threads and back
+COLLECTIVE_S = 2e-4  # of any collective on a whole core: handed to gloo's threads and back
+GROUP_STEP_S = 1.1e-3  # the same for all that a group of whole models does in a step: hooks, buckets, who is in
 PASS_BYTES = 12  # per parameter and pass, whatever its rows: weight read forward and backward, gradient written
 CALIBRATED_LAYERS = {"matmul": 5, "conv": 7, "rnn": 2, "embedding": 3, "tiny": 3}  # of strategies/calibrate_torch.py
 
@@ -133,6 +134,16 @@ def weights_s(bytes_each: float, parameters: float, capacity: Capacity) -> float
     return bytes_each * parameters / max(bandwidth, 1.0)
 
 
+def stretched_s(seconds: float, capacity: Capacity) -> float:
+    """What takes one thread so long on a whole core: below a whole core the cap makes it wait for the rest."""
+    return seconds / core_share(capacity)
+
+
+def core_share(capacity: Capacity) -> float:
+    """Of one core, 0..1."""
+    return min(1.0, max(capacity.cores, 0.01))
+
+
 def optimizer_s(parameters: float, capacity: Capacity, train: TrainSpec) -> float:
     """Adam reads weights, gradients and both moments and writes three of them: the optimizer moves its state twice less
     one gradient."""
@@ -179,8 +190,8 @@ def synchronise(
 ) -> Sync:
     """`auto` takes fp16 only when AR(V) - AR(V/2) > codec time + statistical penalty."""
     volume = 4.0 * parameters
-    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s) + COLLECTIVE_S
-    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s) + COLLECTIVE_S
+    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s)
+    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s)
     codec_s = fp16_codec_s(volume)
     pays = plain_s - half_s > codec_s + FP16_PENALTY * compute_s
     if compression == "fp16" or (compression == "auto" and pays):

@@ -26,10 +26,12 @@ RANKS = 2  # of the memory formula: from two on it does not grow
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A node of a group: `largest` micro-batch that fits, `cap` samples of a global batch it may take."""
+    """A node of a group: what being in one costs it in a step, the `largest` micro-batch that fits, `cap` samples of a
+    global batch it may take."""
 
     node: NodeView
     speed: Speed
+    step_s: float
     largest: int
     cap: int
 
@@ -37,8 +39,11 @@ class _Member:
     def rank_speed(self) -> RankSpeed:
         """Micro-batches spread their overhead over the samples when the slice has to be cut."""
         cut = self.speed.overhead_s / self.largest if self.largest < self.cap else 0.0
-        fixed_s = self.speed.overhead_s + self.speed.optimizer_s
+        fixed_s = self.speed.overhead_s + self.step_s + self.speed.optimizer_s
         return RankSpeed(fixed_s, self.speed.seconds_per_sample + cut, self.cap)
+
+    def compute_s(self, samples: int, micro_batches: int) -> float:
+        return self.step_s + self.speed.compute_s(samples, micro_batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,8 @@ def _member(inputs: Inputs, node: NodeView) -> _Member | None:
     if largest == 0:
         return None
     cap = train.batch_size if train.accumulate == "auto" else min(train.batch_size, largest * train.accumulate)
-    return _Member(node, cost.speed(inputs.profile, node.capacity, train), largest, cap)
+    step_s = cost.stretched_s(cost.GROUP_STEP_S, node.capacity)
+    return _Member(node, cost.speed(inputs.profile, node.capacity, train), step_s, largest, cap)
 
 
 def _best(inputs: Inputs) -> PlacedEstimate | None:
@@ -140,7 +146,7 @@ def _on(
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
     pieces = tuple(micro_batches(inputs, count, m.largest) for m, count in zip(members, samples, strict=True))
     shares = list(zip(members, samples, pieces, strict=True))
-    compute_s = max(member.speed.compute_s(count, micro) for member, count, micro in shares)
+    compute_s = max(member.compute_s(count, micro) for member, count, micro in shares)
     optimizer_s = max(member.speed.optimizer_s for member in members)
     sync = cost.synchronise(
         len(members), profile.parameters, compute_s, link.rtt_s, link.bytes_per_s, inputs.spec.sync.compression
@@ -174,8 +180,8 @@ def _on(
         ranks=tuple(
             RankCost(
                 member.node.node_id,
-                member.speed.step_s(count, micro),
-                micro * member.speed.overhead_s,
+                member.compute_s(count, micro) + member.speed.optimizer_s,
+                member.step_s + micro * member.speed.overhead_s,
                 sync.bytes / len(members),
             )
             for member, count, micro in shares

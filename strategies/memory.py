@@ -12,15 +12,15 @@ from strategies.blocks import blocks_of
 
 SHARE = 0.85
 RESERVE_BYTES = 250 * 1024**2  # torch itself, its threads and its libraries, in a worker that has done nothing yet
-GRADIENT_BUCKET_BYTES = 4  # per parameter: what the backward pass makes before it lies in the buckets
+GRADIENT_BYTES = 4  # per parameter: what the backward pass makes
+HELD_TIMES = 1.25  # of activations: what the allocator holds between pieces of unlike size
 
 # What a first step brings along whatever the model, measured with one of 13,000 parameters: code that torch loads when
 # it is first used, stacks and arenas of autograd's and gloo's threads, the tracer with its graph, FSDP2 and DTensor.
-FIRST_STEP_BYTES = 28 * 10**6
+FIRST_STEP_BYTES = 38 * 10**6
 GROUP_BYTES = 5 * 10**6
 STAGE_BYTES = 30 * 10**6
 SHARD_BYTES = 12 * 10**6
-PACKED_BYTES = 20 * 10**6  # at most: weights as the kernels' libraries pack them, kept between calls
 
 _STATE_BYTES = {"adam": 8, "adamw": 8, "rmsprop": 4, "adagrad": 4, "sgd": 0}
 
@@ -39,18 +39,39 @@ def budget_bytes(capacity: Capacity) -> float:
     return SHARE * granted
 
 
-def fixed_bytes(profile: ModelProfile, optimizer: OptimizerSpec, ranks: int) -> int:
-    """Everything that does not grow with the batch. Unknown layers: at least the table's need (MISSION.md K4)."""
-    per_parameter = bytes_per_parameter(optimizer) + (GRADIENT_BUCKET_BYTES if ranks > 1 else 0)
-    need = profile.parameters * per_parameter + RESERVE_BYTES + FIRST_STEP_BYTES + packed_bytes(profile.parameters)
+def worker_bytes(
+    profile: ModelProfile,
+    optimizer: OptimizerSpec,
+    micro_batch: int,
+    ranks: int,
+    recompute: bool = False,
+    micro_batches: int = 1,
+) -> int:
+    """At the fullest moment of a step. Activations go while gradients come, and one batch at once has none before: so
+    the larger of the two counts. Gradients are there all the time where micro-batches add them up or, in a group, lie
+    in buckets that the next ones are added to. Unknown layers: at least the table's need (MISSION.md K4)."""
+    activations = HELD_TIMES * _per_sample(profile, recompute) * micro_batch
+    return int(_fixed_bytes(profile, optimizer, ranks) + _passing_bytes(profile, activations, ranks, micro_batches))
+
+
+def _per_sample(profile: ModelProfile, recompute: bool) -> float:
+    return recomputed_sample_bytes(profile) if recompute else sample_bytes(profile)
+
+
+def _fixed_bytes(profile: ModelProfile, optimizer: OptimizerSpec, ranks: int) -> float:
+    """Everything but gradients and activations."""
+    need = profile.parameters * (bytes_per_parameter(optimizer) - GRADIENT_BYTES) + RESERVE_BYTES + FIRST_STEP_BYTES
     need += GROUP_BYTES if ranks > 1 else 0
     if not profile.layers and profile.requirements.source == "table":
         return max(need, profile.requirements.memory_bytes)
     return need
 
 
-def packed_bytes(parameters: float) -> int:
-    return int(min(PACKED_BYTES, 4 * parameters))
+def _passing_bytes(profile: ModelProfile, activations: float, ranks: int, micro_batches: int) -> float:
+    gradients = GRADIENT_BYTES * profile.parameters
+    if ranks > 1:
+        return gradients + max(activations, gradients)
+    return gradients + activations if micro_batches > 1 else max(activations, gradients)
 
 
 def stage_reserve_bytes() -> int:
@@ -59,7 +80,7 @@ def stage_reserve_bytes() -> int:
 
 
 def shard_reserve_bytes() -> int:
-    """A worker that runs a shard, without its parameters and activations; it keeps no packed weights (heap.py)."""
+    """A worker that runs a shard, without its parameters and activations."""
     return RESERVE_BYTES + FIRST_STEP_BYTES + GROUP_BYTES + SHARD_BYTES
 
 
@@ -78,13 +99,6 @@ def recomputed_sample_bytes(profile: ModelProfile) -> float:
     return min(sample_bytes(profile), saved + 2 * max((x.output_bytes_per_sample for x in profile.layers), default=0.0))
 
 
-def worker_bytes(
-    profile: ModelProfile, optimizer: OptimizerSpec, micro_batch: int, ranks: int, recompute: bool = False
-) -> int:
-    per_sample = recomputed_sample_bytes(profile) if recompute else sample_bytes(profile)
-    return fixed_bytes(profile, optimizer, ranks) + int(per_sample * micro_batch)
-
-
 def largest_micro_batch(
     profile: ModelProfile,
     optimizer: OptimizerSpec,
@@ -94,8 +108,11 @@ def largest_micro_batch(
     recompute: bool = False,
 ) -> int:
     """At most `wanted`; 0 when not even one sample fits."""
-    left = budget_bytes(capacity) - fixed_bytes(profile, optimizer, ranks)
-    if left < 0:
+    budget = budget_bytes(capacity)
+    if worker_bytes(profile, optimizer, wanted, ranks, recompute) <= budget:
+        return wanted
+    gradients = GRADIENT_BYTES * profile.parameters
+    left = budget - _fixed_bytes(profile, optimizer, ranks) - gradients
+    if left < (gradients if ranks > 1 else 0):
         return 0
-    per_sample = recomputed_sample_bytes(profile) if recompute else sample_bytes(profile)
-    return wanted if per_sample * wanted <= left else int(left // per_sample)
+    return min(wanted, int(left // max(HELD_TIMES * _per_sample(profile, recompute), 1e-9)))

@@ -20,13 +20,13 @@ from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reasons_of, train_subtasks
 from strategies.blocks import blocks_of, gathered_parameters
 from strategies.grouping import close_groups, group_reasons, groups
+from strategies.heap import USUALLY_KEPT_TIMES, may_keep
 from strategies.links import download_s, link_uses, ranks_of, ring_traffic, worst_link
 from strategies.memory import (
     SHARE,
     budget_bytes,
     bytes_per_parameter,
     largest_micro_batch,
-    packed_bytes,
     sample_bytes,
     shard_reserve_bytes,
 )
@@ -36,8 +36,8 @@ SHARDED, TENSOR = "sharded", "tensor"
 GATHERED_BYTES = 8  # for each parameter of a block that is whole: weight and gradient
 MOST_RANKS_PER_NODE = 4
 TENSOR_RTT_S = 0.001  # above, waiting for the parts of every layer excludes it
-GATHER_S = 1e-3  # of a block's gathering and scattering in one pass, whatever its size: hooks and bookkeeping
-FRESH_BYTES_PER_S = 2.5e9  # of memory just got from the system: shards give back every large block (heap.py)
+GATHER_S = 1.1e-3  # of a block's gathering and scattering in one pass, whatever its size: hooks and bookkeeping
+FRESH_BYTES_PER_S = 4e9  # of memory just got from the system, on a whole core: gathered blocks come and go
 GATHERED_FRESH_BYTES = 28  # per parameter and pass: twice what is gathered and its copy; gradient, sent, received
 LAYER_S = 3e-4  # of a layer that is cut, in one pass: what its distributed tensors cost to handle
 
@@ -104,8 +104,9 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
     asked, bounds = inputs.options(StrategyName.MODEL_PARALLEL), inputs.spec.nodes
     train, holding = inputs.spec.train, inputs.holding
     speeds = {node.node_id: cost.speed(inputs.profile, node.capacity, train) for node in inputs.eligible}
-    tensor = asked.kind != SHARDED and not _why_no_tensor(inputs)
-    shards = asked.kind != TENSOR and (inputs.spec.strategy != "auto" or not _whole_everywhere(inputs))
+    needed = inputs.spec.strategy != "auto" or not _whole_everywhere(inputs)
+    tensor = asked.kind != SHARDED and needed and not _why_no_tensor(inputs)
+    shards = asked.kind != TENSOR and needed
     for group in close_groups(inputs):
         units = sorted(
             (node for node in group.nodes for _ in range(ranks_of(node))),
@@ -184,7 +185,7 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     blocks, root = blocks_of(profile)
     gathered = len(blocks) + bool(root)
     overheads = [
-        pieces * (speed.overhead_s + gathered * GATHER_S + _fresh_s(node, GATHERED_FRESH_BYTES * profile.parameters))
+        pieces * (speed.overhead_s + _gathering_s(node, gathered, profile.parameters))
         for node, speed in zip(ranks.nodes, speeds, strict=True)
     ]
     passes = [
@@ -194,7 +195,8 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     compute_s = max(passes)
     link = worst_link(inputs.cluster, ranks.nodes)
     share = (ranks.count - 1) / ranks.count * 4.0 * profile.parameters
-    waits = 3 * gathered * ((ranks.count - 1) * link.rtt_s / 2 + cost.COLLECTIVE_S)
+    handing_s = max(cost.stretched_s(cost.COLLECTIVE_S, node.capacity) for node in ranks.nodes)
+    waits = 3 * gathered * ((ranks.count - 1) * link.rtt_s / 2 + handing_s)
     network_s = pieces * (3 * share / link.bytes_per_s + waits)
     updates = [
         factor * cost.optimizer_s(profile.parameters / ranks.count, node.capacity, train)
@@ -202,7 +204,7 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     ]
     memory: Counter[NodeId] = Counter()
     for node, count in zip(ranks.nodes, samples, strict=True):
-        need = int(fixed + math.ceil(count / pieces) * sample_bytes(profile))
+        need = int(fixed + math.ceil(count / pieces) * sample_bytes(profile) + _kept_bytes(node, profile.parameters))
         memory[node.node_id] = max(need, memory[node.node_id]) if node.capacity.gpus else need + memory[node.node_id]
     sent = 3 * pieces * share
     return _placed(
@@ -220,9 +222,22 @@ def _sharded(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
     )
 
 
+def _kept_bytes(node: NodeView, parameters: int) -> float:
+    """Gathered weights that stay with the heap where there is room for that; a plan never counts on having it."""
+    weights = 4.0 * parameters
+    if node.capacity.gpus or not may_keep(weights, node.capacity.memory_bytes):
+        return 0.0
+    return USUALLY_KEPT_TIMES * weights
+
+
+def _gathering_s(node: NodeView, blocks: int, parameters: int) -> float:
+    """Of one pass beside its arithmetic and the network."""
+    return cost.stretched_s(blocks * GATHER_S, node.capacity) + _fresh_s(node, GATHERED_FRESH_BYTES * parameters)
+
+
 def _fresh_s(node: NodeView, size_bytes: float) -> float:
     """Page faults of what a pass gets and gives back; a GPU's allocator keeps it."""
-    return 0.0 if node.capacity.gpus else size_bytes / FRESH_BYTES_PER_S
+    return 0.0 if node.capacity.gpus else cost.stretched_s(size_bytes / FRESH_BYTES_PER_S, node.capacity)
 
 
 def _split(
@@ -309,7 +324,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         return None
     cut = [layer for layer in profile.layers if "linear" in layer.kind.lower()]
     held = profile.parameters - sum(layer.parameters for layer in cut) * (1 - 1 / count)
-    fixed = held * bytes_per_parameter(train.optimizer) + shard_reserve_bytes() + packed_bytes(held)
+    fixed = held * bytes_per_parameter(train.optimizer) + shard_reserve_bytes()
     rows = min(int((ranks.room(node) - fixed) / max(sample_bytes(profile), 1e-9)) for node in ranks.nodes)
     if rows < 1:
         return None
@@ -325,7 +340,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
             for layer, seconds in zip(profile.layers, per_layer, strict=True)
         )
         overhead_s = cost.speed(profile, node.capacity, train).overhead_s
-        overhead_s += len(cut) * LAYER_S
+        overhead_s += cost.stretched_s(len(cut) * LAYER_S, node.capacity)
         pass_s, update_s = (
             pieces * overhead_s + sample_s * train.batch_size,
             cost.optimizer_s(held, node.capacity, train),
@@ -333,6 +348,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         compute_s, optimizer_s = max(compute_s, pass_s), max(optimizer_s, update_s)
         costs.append(RankCost(node.node_id, pass_s + update_s, pieces * overhead_s, 0.0))
     network_s, sent = 0.0, 0.0
+    handing_s = max(cost.stretched_s(cost.COLLECTIVE_S, node.capacity) for node in ranks.nodes)
     blocks, root = blocks_of(profile)
     for layers, output_bytes in [
         *((block.layers, block.output_bytes) for block in blocks),
@@ -342,6 +358,7 @@ def _tensor(inputs: Inputs, ranks: _Ranks) -> PlacedEstimate | None:
         times = 2 * math.ceil(linear / 2)  # a pair of layers, cut by columns then rows: once forward, once backward
         volume = train.batch_size * output_bytes
         network_s += times * pieces * cost.all_reduce_s(count, volume / pieces, link.rtt_s, link.bytes_per_s)
+        network_s += times * pieces * handing_s
         sent += times * cost.all_reduce_bytes(count, volume) / count
     memory = Counter[NodeId]()
     for node in ranks.nodes:

@@ -25,7 +25,7 @@ from strategies.links import (
     ring_traffic,
     worst_link,
 )
-from strategies.memory import GRADIENT_BUCKET_BYTES, bytes_per_parameter
+from strategies.memory import GRADIENT_BYTES, bytes_per_parameter
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.segments import Load, Segments, stage_bytes
 from strategies.stages import Host, transfer_s
@@ -68,7 +68,7 @@ class _Passing:
 
 
 def load_of(inputs: Inputs, replicas: int, rows: float, micro_batches: int, schedule: Schedule) -> Load:
-    bucket = GRADIENT_BUCKET_BYTES if replicas > 1 else 0
+    bucket = GRADIENT_BYTES if replicas > 1 else 0
     return Load(micro_batches, rows, schedule, bytes_per_parameter(inputs.spec.train.optimizer) + bucket)
 
 

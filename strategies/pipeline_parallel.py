@@ -26,7 +26,7 @@ from strategies.segments import Segments, segments_of, stage_bytes
 from strategies.stages import ROUGH_SLACK, SLACK, Host, Question, chains
 
 MOST_UNITS = 16  # hosts that are considered: the fastest, or the roomiest when those do not hold the model
-PASS_S = 5e-4  # of one micro-batch in one stage: the schedule's bookkeeping, sends and receives handed over
+PASS_S = 5e-4  # of one micro-batch in one stage on a whole core: the schedule's bookkeeping, sends and receives
 _STEP = 1.4  # between two numbers of micro-batches that are worth telling apart
 
 
@@ -147,7 +147,7 @@ def _unit(inputs: Inputs, segments: Segments, node: NodeView) -> Unit:
     capacity = node.capacity
     seconds = segments.sums(cost.layer_seconds(inputs.profile, capacity))
     passes = segments.sums(cost.layer_passes(inputs.profile, capacity))
-    return Unit(node, Host(seconds, PASS_S, budget_bytes(capacity), passes))
+    return Unit(node, Host(seconds, cost.stretched_s(PASS_S, capacity), budget_bytes(capacity), passes))
 
 
 def _slots(inputs: Inputs, units: Sequence[Unit], replicas: int) -> list[tuple[Unit, ...]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from protos.model import ModelProfile, last_of
 from protos.plan import Schedule
-from strategies.memory import PACKED_BYTES, stage_reserve_bytes
+from strategies.memory import stage_reserve_bytes
 
 Array = npt.NDArray[np.float64]
 
@@ -101,7 +101,7 @@ def stage_bytes(segments: Segments, load: Load, stages_behind: int) -> Array:
     what comes in of every micro-batch, and for every gradient that comes back. Gradients add up over micro-batches: the
     newest of a layer lies beside the sum."""
     fixed = segments.parameters * load.parameter_bytes + 4 * segments.largest
-    fixed = fixed + np.minimum(PACKED_BYTES, 4 * segments.parameters) + stage_reserve_bytes()
+    fixed = fixed + stage_reserve_bytes()
     held = segments.activation_bytes.copy()
     held[:, -1] += segments.loss_bytes
     crossing = segments.cut_bytes[:, None] + segments.cut_bytes[None, :]

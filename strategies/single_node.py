@@ -92,7 +92,8 @@ def _on(inputs: Inputs, fit: _Fit) -> PlacedEstimate:
     startup_s, transfer_s = cost.startup_s(1), download_s(data.bytes, node)
     evaluation_s = cost.evaluation_s(profile, train, data, [(plain, 1.0)])
     steps = cost.assumed_steps(profile, train, data)
-    memory = worker_bytes(profile, train.optimizer, math.ceil(train.batch_size / pieces), 1, fit.recompute)
+    micro_batch = math.ceil(train.batch_size / pieces)
+    memory = worker_bytes(profile, train.optimizer, micro_batch, 1, fit.recompute, pieces)
     layout = Layout(((0, len(profile.layers)),), checkpoint_activations=True) if fit.recompute else None
     return PlacedEstimate(
         CostEstimate(

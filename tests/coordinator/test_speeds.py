@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,20 @@ def test_a_kind_of_work_that_was_never_tried_is_no_faster_than_the_node_turned_o
     ranks = {rank.node_id: rank for rank in decide(known, **sharded).estimate.ranks}
     assert ranks[NodeId("a")].learned.work == pytest.approx(2.0, rel=0.05)
     assert ranks[NodeId("b")].learned.work == 1.0
+
+
+def test_a_stage_with_next_to_nothing_says_nothing_about_the_rest_of_the_model() -> None:
+    """It took a third of what was predicted for it: whoever takes that for the node's speed gives it half of the model
+    the next time."""
+    made = decide(strategy="data_parallel")
+    first, second = made.estimate.ranks
+    assert made.estimate.basis is not None
+    basis = replace(made.estimate.basis, work=Work.STAGE)
+    for share, taught_nodes in ((0.01, {"b"}), (0.9, {"a", "b"})):
+        ranks = (replace(first, compute_s=share * second.compute_s), second)
+        staged = replace(made, estimate=replace(made.estimate, ranks=ranks, basis=basis))
+        known = taught(outcome(staged, {"a": 0.35})).learned()
+        assert {node for node, *_ in known.models} == {node for node, *_ in known.speeds} == taught_nodes
 
 
 def test_a_slow_node_gets_fewer_samples_the_next_time() -> None:

@@ -152,11 +152,11 @@ def test_the_largest_micro_batch_fits_and_one_more_would_not(
     budget = memory.budget_bytes(node)
     assert 0 <= largest <= wanted
     if largest:
-        assert memory.worker_bytes(model, adam, largest, 1) <= budget + 1
+        assert memory.worker_bytes(model, adam, largest, 1, micro_batches=1 if largest == wanted else 2) <= budget + 1
     if largest < wanted:
-        assert memory.worker_bytes(model, adam, largest + 1, 1) > budget - 1
+        assert memory.worker_bytes(model, adam, largest + 1, 1, micro_batches=2) > budget - 1
 
 
 def test_unknown_layers_need_what_the_table_says() -> None:
-    assert memory.fixed_bytes(profile(source="table"), OptimizerSpec(), 1) == 4 * GIB
-    assert memory.fixed_bytes(profile(source="layers"), OptimizerSpec(), 1) < GIB
+    needs = [memory.worker_bytes(profile(source=source), OptimizerSpec(), 1, 1) for source in ("table", "layers")]
+    assert needs[0] >= 4 * GIB > GIB > needs[1]

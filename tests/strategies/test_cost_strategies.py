@@ -154,12 +154,12 @@ def test_nodes_min_and_max_bound_the_group() -> None:
 
 
 def test_accumulation_is_chosen_when_memory_asks_for_it() -> None:
-    """64 samples of 100 MB do not fit in 85 % of 2 GiB less 250 MiB; 15 do."""
+    """64 samples of 100 MB do not fit in 85 % of 2 GiB less 250 MiB; 12 do."""
     inputs = ask(node("a", memory_bytes=2 * GIB), profile=model(activation=1e8))
     placed = SingleNode().estimate(inputs)
-    assert placed.accumulate == (5,)
+    assert placed.accumulate == (6,)
     assert placed.cost.peak_memory_bytes <= 0.85 * 2 * GIB
-    assert SingleNode().decompose(inputs, placed)[0].accumulate == 5
+    assert SingleNode().decompose(inputs, placed)[0].accumulate == 6
 
 
 def test_an_accumulation_the_job_sets_is_kept_or_refused() -> None:
@@ -181,7 +181,7 @@ def test_memory_of_a_small_node_pushes_its_samples_to_the_others() -> None:
     nodes = (node("small", memory_bytes=GIB), node("large", memory_bytes=16 * GIB))
     profile = model(activation=1e8)
     fixed = DataParallel().estimate(ask(*nodes, profile=profile, train={"batch_size": 64, "accumulate": 1}))
-    assert [p.samples for p in fixed.placements] == [59, 5]
+    assert [p.samples for p in fixed.placements] == [60, 4]
     auto = DataParallel().estimate(ask(*nodes, profile=profile))
     assert max(auto.accumulate) > 1
     assert max(p.samples for p in auto.placements) <= 33

@@ -120,13 +120,14 @@ def test_where_every_node_holds_the_model_it_is_left_to_data_parallel_unless_nam
     assert M.feasible(ask(*nodes, profile=small, **forced())) == ()
 
 
-def test_layers_are_cut_where_gradients_are_heavy_and_round_trips_short() -> None:
+def test_layers_are_cut_where_that_is_asked_for_or_needed_and_round_trips_are_short() -> None:
     wide = transformer(4, 20_000_000, 1000, flops=1e8)
     nodes = (node("a"), node("b"))
-    placed = M.estimate(ask(*nodes, profile=wide))
+    assert "data_parallel does the same work" in reason(ask(*nodes, profile=wide))
+    placed = M.estimate(ask(*nodes, profile=wide, **forced("tensor")))
     assert placed.layout is not None and placed.layout.tensor == 2
     assert [placement.samples for placement in placed.placements] == [64, 64]
-    subtasks = M.decompose(ask(*nodes, profile=wide), placed)
+    subtasks = M.decompose(ask(*nodes, profile=wide, **forced("tensor")), placed)
     assert [(each.data_range, each.replica) for each in subtasks] == [((0, 64), 0), ((0, 64), 0)]
     assert [placed.layout.replica_of(rank) for rank in (0, 1)] == [0, 0]
     assert placed.cost.bytes_per_step == pytest.approx(4 * 2 * 2 * 64 * 4e3)

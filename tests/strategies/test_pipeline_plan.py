@@ -82,8 +82,8 @@ def test_memory_of_a_stage_is_exact() -> None:
     )
     placed = P.estimate(inputs)
     rows, micro = 2, 4
-    packed, new_gradient = 4 * 1_000_000, 4 * 1_000_000
-    fixed = 16 * 1_000_000 + packed + new_gradient + stage_reserve_bytes()
+    new_gradient = 4 * 1_000_000
+    fixed = 16 * 1_000_000 + new_gradient + stage_reserve_bytes()
     crossing = micro * rows * 4e3  # the first gets gradients back, the second activations: one buffer each
     first = fixed + rows * (2 * 1e5 + 2 * 4e3) + crossing
     second = fixed + rows * (1e5 + 2 * 4e3) + crossing
