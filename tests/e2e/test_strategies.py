@@ -25,7 +25,7 @@ from node.calibrate import under_cap
 from protos import documents
 from protos.capacity import Calibration
 from tests.e2e.cluster import CALIBRATION, Cluster, until
-from tests.e2e.plain_torch import plain_torch
+from tests.e2e.plain_torch import models, plain_torch
 
 JOBS = Path(__file__).parent / "jobs"
 MEMORY_BYTES = 900 * 1024**2
@@ -114,7 +114,9 @@ def check(made: Cluster, job_id: str, job: str, sets: Sequence[str]) -> Ended:
 LONG = ("train.steps=300",)
 
 
-@pytest.mark.parametrize(("strategy", "what"), [(PIPELINE, "node"), (SHARDED, "node"), (PIPELINE, "worker")])
+@pytest.mark.parametrize(
+    ("strategy", "what"), [(PIPELINE, "node"), (SHARDED, "node"), (PIPELINE, "worker"), (TENSOR, "worker")]
+)
 def test_a_group_that_shares_a_model_goes_on_without_the_one_it_lost(made: Cluster, strategy: str, what: str) -> None:
     """1 two nodes share the model, a third is free 2 the parts of a checkpoint lie on the coordinator 3 kill -9 4 the
     next group takes the parts of one step and goes on from there."""
@@ -134,6 +136,42 @@ def test_a_group_that_shares_a_model_goes_on_without_the_one_it_lost(made: Clust
     assert all(0 < each["steps"] < 300 and each["bytes_sent"] > 0 for each in last), "it went on from a checkpoint"
     if what == "node":
         assert victim not in ended.job["nodes"]
+
+
+HYBRID = "{pipeline_parallel: {stages: 2, replicas: 2}}"
+
+
+def test_two_stages_on_two_nodes_each_go_on_after_a_worker_was_killed(made: Cluster) -> None:
+    made.start_node("fourth", 0.5, str(MEMORY_BYTES))
+    made.wait_ready(len(made.nodes))
+    job_id = made.submit(JOBS / "long.yaml", *LONG, f"strategy={HYBRID}", "checkpoint.every_s=0.2")
+    job = made.wait_step(job_id, 60)
+    layers = {each["rank"]: tuple(each["layer_range"]) for each in made.ask("explain", job_id)["plan"]["subtasks"]}
+    assert len(layers) == len(set(job["nodes"])) == 4 and layers[0] == layers[2] != layers[1] == layers[3]
+    for pid in made.worker_pids(job["nodes"][1]):
+        os.kill(pid, signal.SIGKILL)
+    ended = check(made, job_id, "long.yaml", LONG)
+    last = ended.attempts(ended.job["fence"])
+    assert ended.job["fence"] >= 2 and len(last) == 4
+    assert all(each["samples"] > 0 and each["bytes_sent"] > 0 for each in last)
+    assert last[0]["samples"] + last[2]["samples"] == last[1]["samples"] + last[3]["samples"], "every row once a stage"
+
+
+EXPORTED = ("train.steps=40",)
+
+
+@pytest.mark.parametrize("strategy", [PIPELINE, "data_parallel"])
+def test_an_exported_program_is_trained_without_its_source(made: Cluster, tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "job.yaml").write_bytes((JOBS / "long.yaml").read_bytes())
+    spec = read_job(JOBS / "long.yaml", EXPORTED)
+    torch.manual_seed(spec.train.seed)
+    shapes = ({0: torch.export.Dim("rows")},)
+    program = torch.export.export(models().wide().train(), (torch.randn(4, 64),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "wide.pt2")
+    sets = (*EXPORTED, "model.source=wide.pt2", f"strategy={strategy}", "nodes.require.names=[a, b]")
+    ended = check(made, made.submit(tmp_path / "job.yaml", *sets), "long.yaml", EXPORTED)
+    used = ended.attempts(1)
+    assert {each["node"] for each in used} == {"a", "b"} and all(each["bytes_sent"] > 0 for each in used)
 
 
 TOWER: tuple[str, ...] = ()
