@@ -43,6 +43,7 @@ from coordinator.peers import Peers
 from coordinator.placement import Placement
 from coordinator.rendezvous import Rendezvous
 from coordinator.sessions import Sessions
+from coordinator.spares import keep_prepared
 from coordinator.store.protocol import Store
 from coordinator.store.sqlite import SqliteStore
 from coordinator.token_book import TokenBook
@@ -200,7 +201,8 @@ async def _start(
         await doors.enter_async_context(beacon)
     await _owner_credential(config, authority, tokens, port, session_port)
     token = Token(authority.fingerprint, await join_token.secret()).text
-    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run(), peers.run()):
+    beforehand = keep_prepared(lambda: controller.state, placement, time.monotonic)
+    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run(), peers.run(), beforehand):
         tasks.create_task(helper)
     log.info("coordinator is ready", address=address, session_port=session_port)
     return Ready(address, session_port, config.home, token, join_command(address, token, Role.NODE))

@@ -1,9 +1,13 @@
 """Parts of a checkpoint come from several nodes in any order: a state counts once all parts of one fence are there.
 
-Pure. Invariant: the newest whole state never goes back, and no part is kept that could not make a newer one.
+Pure. Ranks begin to upload a set of parts only when nobody uploads the last one any more
+(strategies/checkpoint_pace_torch.py): of one generation, one set is under way. Invariants: the newest whole state never
+goes back, no part is kept that could not make a newer one, and the newest set makes way for none.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from protos.artifact import FileEntry, Manifest
 from protos.ids import Fence
@@ -11,7 +15,7 @@ from protos.work import Checkpoint, Checkpoints
 from strategies.checkpoint_name import part_folder
 
 MAX_PARTS = 1024
-PENDING_STEPS = 2  # sets of parts that may be under way at once: a slow node uploads while the next one is written
+PENDING_SETS = 2  # the one that is being uploaded, and the one that had come furthest of those before it
 
 
 def with_uploaded(known: Checkpoints, new: Checkpoint) -> Checkpoints:
@@ -44,5 +48,14 @@ def _place(part: Checkpoint) -> tuple[tuple[int, Fence, int], int]:
 def _pruned(known: Checkpoints) -> Checkpoints:
     after = known.newest.step if known.newest is not None else 0
     newer = [part for part in known.pending if part.step > after]
-    kept = sorted({_set(part) for part in newer}, reverse=True)[:PENDING_STEPS]
+    here = Counter(_set(part) for part in newer)
+    kept = sorted(here, key=_age, reverse=True)[:1]
+    before = [each for each in here if each not in kept]
+    kept += sorted(before, key=lambda each: (here[each] / each[2], _age(each)), reverse=True)[: PENDING_SETS - 1]
     return Checkpoints(known.newest, tuple(part for part in newer if _set(part) in kept))
+
+
+def _age(each: tuple[int, Fence, int]) -> tuple[Fence, int]:
+    """A group that had to go back is newer than the steps that the one before it had reached."""
+    step, fence, _ = each
+    return fence, step

@@ -2,6 +2,10 @@
 
 strategies.links says what stands in for a link that is not measured. Loopback counts as not measured: there a probe
 sees the cost of TLS and of Python, not the link, and what gloo reaches over loopback is known.
+
+Owns who is apart: a group connects every rank to every other one, so a node that does not listen for others, or that
+nobody reached when the links were probed, works alone and gets its files by way of the coordinator. On one machine
+nothing is in between.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.control.state import NodeStatus
-from coordinator.sessions import Sessions
+from coordinator.sessions import Session, Sessions
 from protos.capacity import Capacity
 from protos.ids import NodeId
 from protos.plan import ClusterView, Learned, NodeView
@@ -18,6 +22,8 @@ from protos.states import Activity, Eligibility, NodeLink
 from strategies.links import LOOPBACK
 
 _NAMED = 3
+UNANSWERED = 2  # probes in a row: one alone may have come while the other node was busy
+CALLERS = 2  # that got no answer, when nobody did: then it is the node
 
 JOIN_HINT = "start one with hive-node start --token TOKEN; hive token create prints the whole command"
 WAIT_HINT = "hive nodes shows how each one is: measuring takes seconds, hive-node resume ends a pause"
@@ -70,10 +76,39 @@ def cluster_view(sessions: Sessions, among: Collection[NodeId], learned: Learned
 
     `learned`: what finished jobs have taught about them."""
     here = [sessions[node_id] for node_id in sorted(among) if node_id in sessions]
-    ids = {each.node_id for each in here}
-    links = {pair: link for pair, link in sessions.links.items() if ids.issuperset(pair) and link.network != LOOPBACK}
+    ids, separate = {each.node_id for each in here}, apart(sessions, here)
+    links = {
+        pair: link
+        for pair, link in sessions.links.items()
+        if ids.issuperset(pair) and link.network != LOOPBACK and pair not in separate
+    }
     nodes = tuple(_idle(each.node_id, each.name, each.capacity) for each in here)
-    return ClusterView(nodes, links, learned or Learned())
+    return ClusterView(nodes, links, learned or Learned(), separate)
+
+
+def apart(sessions: Sessions, here: Sequence[Session]) -> dict[tuple[NodeId, NodeId], str]:
+    """Pairs of them, on different machines, of which one cannot connect to the other, with the reason."""
+    nodes = {each.node_id: each for each in here}
+    silent = {pair for pair, count in sessions.unanswered.items() if count >= UNANSWERED}
+    alone = {each.node_id: why for each in here if (why := _unreachable(sessions, silent, each))}
+    why_apart = {
+        (a, b): f"{nodes[b].name} does not answer {nodes[a].name}" for a, b in silent if {a, b} <= nodes.keys()
+    }
+    why_apart |= {(other, node_id): why for node_id, why in alone.items() for other in nodes if other != node_id}
+    return {
+        (min(a, b), max(a, b)): why
+        for (a, b), why in sorted(why_apart.items())
+        if not nodes[a].capacity.machine_id or nodes[a].capacity.machine_id != nodes[b].capacity.machine_id
+    }
+
+
+def _unreachable(sessions: Sessions, silent: Collection[tuple[NodeId, NodeId]], node: Session) -> str:
+    """Why no other machine reaches a node; "" for one that some may, or of which nothing is known."""
+    if node.key_sha256 and node.capacity.peer_port is None:
+        return f"{node.name} does not listen for other nodes"
+    callers = [caller for caller, called in silent if called == node.node_id]
+    answered = any(called == node.node_id and not count for (_, called), count in sessions.unanswered.items())
+    return f"{node.name} does not answer other nodes" if len(callers) >= CALLERS and not answered else ""
 
 
 def once_back(view: ClusterView, away: Iterable[Away]) -> ClusterView:

@@ -10,12 +10,7 @@ from protos.ids import Fence, JobId
 from protos.jobspec import JobSpec, entry_point
 from protos.plan import Layout, Plan
 from protos.work import Resume, Task, TaskKind
-
-SHORTEST_COLLECTIVE_S = 10.0
-LONGEST_COLLECTIVE_S = 60.0
-STEPS_PER_COLLECTIVE = 10.0
-SHARED_START_S = 20.0
-LONGEST_SHARED_COLLECTIVE_S = 600.0
+from strategies.collective_deadline import planned_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +25,9 @@ class Inputs:
 
 
 def collective_timeout_s(step_s: float, layout: Layout | None = None) -> float:
-    """Ten predicted steps, at least 10 s (a first step is slow) and at most 60 s: a frozen peer shows only by this.
-
-    Ranks that share the model wait within a step for each other's compute, the last stage of a pipeline for all others
-    to be traced and filled: never less than three whole steps beside a slow start, however long they are.
-    """
-    timeout_s = min(LONGEST_COLLECTIVE_S, max(SHORTEST_COLLECTIVE_S, STEPS_PER_COLLECTIVE * step_s))
-    if layout is None or not (layout.sharded or layout.tensor > 1 or len(layout.stages) > 1):
-        return timeout_s
-    return min(LONGEST_SHARED_COLLECTIVE_S, max(timeout_s, SHARED_START_S + 3 * step_s))
+    """Until steps have been seen: of ranks that each hold the whole model, or of ones that share it."""
+    shared = layout is not None and (layout.sharded or layout.tensor > 1 or len(layout.stages) > 1)
+    return planned_s(step_s, shared)
 
 
 def decompose(

@@ -6,13 +6,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coordinator import views
 from coordinator.access import Caller
 from coordinator.blobs import BlobStore
-from coordinator.cluster import nobody
+from coordinator.cluster import apart, nobody
 from coordinator.control import events as e
 from coordinator.controller import Controller
 from coordinator.doctor import Doctor
@@ -37,6 +37,7 @@ from protos.ids import JobId, NodeId, new_job_id
 from protos.plan import Identification, NodeView, Plan
 from protos.states import TERMINAL_JOB_STATES, Activity, JobState, Reason
 from protos.token import Role
+from strategies.links import Apart
 
 _LOCATE_S = 10.0
 _EVENT_PAGE = 500
@@ -67,7 +68,12 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         content: dict[str, Any] = {"links": views.links(self.sessions.links)}
         if request.lan:
             content |= {"lan": await self._lan(caller(context).role), "lan_problem": self.doctor.lan_obstacle()}
-        return _answer(**fitting("nodes", [self._node(node.node_id) for node in members], **content))
+        separate = self._apart()
+        return _answer(**fitting("nodes", [self._node(node.node_id, separate) for node in members], **content))
+
+    def _apart(self) -> Apart:
+        """Of the connected nodes, those that cannot be in one group."""
+        return apart(self.sessions, [self.sessions[node_id] for node_id in sorted(self.sessions)])
 
     async def _lan(self, role: Role) -> list[dict[str, Any]]:
         """Machines seen by zeroconf; an administrator gets the whole command for those that have not joined."""
@@ -78,7 +84,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             return [{**machine, "join": "" if machine["joined"] else command} for machine in seen]
         return seen
 
-    def _node(self, node_id: NodeId) -> dict[str, Any]:
+    def _node(self, node_id: NodeId, separate: Apart) -> dict[str, Any]:
         state = self.controller.state
         status = state.nodes[node_id]
         session = self.sessions.get(node_id)
@@ -87,7 +93,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         if node_id in state.busy() and activity is Activity.IDLE:
             activity = Activity.BUSY
         view = NodeView(node_id, status.name, capacity or _UNKNOWN, status.link, status.eligibility, activity, reason)
-        return views.node(view, capacity, self.placement.learned_of(node_id))
+        names = self._names()
+        others = {
+            names.get(other, other): why
+            for pair, why in separate.items()
+            if node_id in pair
+            for other in pair
+            if other != node_id
+        }
+        return views.node(view, capacity, self.placement.learned_of(node_id), others)
 
     async def ControlNode(self, request: jobs_pb2.NodeControlRequest, context: Any) -> jobs_pb2.Document:
         node_id = self._find_node(request.node_id)
@@ -96,7 +110,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             session = self.sessions.get(node_id)
             if session is not None:
                 session.close()
-        return _answer(node=self._node(node_id))
+        return _answer(node=self._node(node_id, self._apart()))
 
     def _find_node(self, named: str) -> NodeId:
         """By id, or by a name that only one node has."""
@@ -124,7 +138,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             why, hint = nobody(self.controller.state.nodes.values())
             raise NoPlacement(f"there is nothing to plan with: {why}", hint)
         found = await self.identifier.identify(submission, JobId("plan"), nodes)
-        made = self.placement.plan_now(submission, found, nodes)
+        made = await self.placement.plan_now(submission, found, nodes)
         return _answer(**views.plan(made, found, _LAYERS_SHOWN, self._names()))
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
@@ -237,6 +251,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
                 code=ErrorCode.CONFLICT,
             )
         plan = documents.decode(Plan, record.plan_json)
+        plan = replace(plan, spares=self.placement.spares_of(record.job_id, plan.id))
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
         content = views.plan(plan, found, _LAYERS_SHOWN, self._names())

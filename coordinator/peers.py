@@ -41,7 +41,7 @@ _MAX_REMEMBERED = 10_000
 
 @dataclass(slots=True)
 class _Group:
-    """The roster of one generation: who works, who else may have its files, and to whom it was sent last."""
+    """The roster of one generation: who works, who else may have its files, what was said last and to whom."""
 
     job_id: JobId
     fence: Fence
@@ -49,6 +49,7 @@ class _Group:
     helpers: tuple[NodeId, ...]
     digests: tuple[Digest, ...]
     sent: dict[NodeId, Session] = field(default_factory=dict)
+    members: tuple[Member, ...] = ()
     issued_s: float = -math.inf
     given: bool = False  # there was somebody to talk to
 
@@ -108,11 +109,8 @@ class Peers:
 
     def _issue(self, group: _Group) -> None:
         now_s, here = self._clock(), self._present(group)
-        group.sent, group.issued_s = here, now_s
-        members = tuple(
-            member_of(session, (Action.FETCH,) if node_id in group.nodes else (), _gives_files(session))
-            for node_id, session in here.items()
-        )
+        members = _members(group, here)
+        group.sent, group.members, group.issued_s = here, members, now_s
         group.given = group.given or (len(members) > 1 and any(member.addresses for member in members))
         if group.given:
             self._send(Roster(group.job_id, group.fence, members, group.digests, now_s, now_s + ROSTER_S), here)
@@ -132,12 +130,17 @@ class Peers:
             session.send(pb.CoordinatorMessage(roster=signed))
 
     def keep_rosters(self) -> None:
-        """End those of generations that are over, renew those that are half spent or whose members have changed."""
+        """End those of generations that are over, renew those that are half spent, or whose members have changed: who
+        is here, and where each is reached."""
         for group in list(self._groups.values()):
             if not self._is_current(group.job_id, group.fence):
                 self._end(group)
-            elif self._clock() - group.issued_s > ROSTER_S / 2 or self._present(group) != group.sent:
+            elif self._clock() - group.issued_s > ROSTER_S / 2 or self._outdated(group):
                 self._issue(group)
+
+    def _outdated(self, group: _Group) -> bool:
+        here = self._present(group)
+        return here != group.sent or _members(group, here) != group.members
 
     # ---- probes
 
@@ -150,7 +153,7 @@ class Peers:
                     self.keep_rosters()
                     for caller, called in self.due():
                         self._probing |= {caller, called}
-                        group.create_task(self._probe(caller, called))
+                        group.create_task(self.probe(caller, called))
                 except Exception:
                     log.exception("peers not arranged")
 
@@ -163,6 +166,8 @@ class Peers:
         for pair in [pair for pair in self._tried if not here.issuperset(pair)]:
             del self._tried[pair]  # measured again when it is back: it may be elsewhere by then
             self._sessions.links.pop(pair, None)
+        for asked in [asked for asked in self._sessions.unanswered if not here.issuperset(asked)]:
+            del self._sessions.unanswered[asked]
         state = self._state()
         occupied = {
             node_id for node_id, session in self._sessions.items() if session.tasks or not session.capacity.flops
@@ -171,7 +176,8 @@ class Peers:
         occupied |= state.busy() | self._probing
         return next_pairs(parties, state.idle(), occupied, self._tried, self._clock())
 
-    async def _probe(self, caller: NodeId, called: NodeId) -> None:
+    async def probe(self, caller: NodeId, called: NodeId) -> None:
+        """One of those that are due; whatever comes of it is noted, and nothing is raised."""
         pair = pair_of(caller, called)
         try:
             await self._probe_pair(caller, called, pair)
@@ -194,6 +200,10 @@ class Peers:
         self._send(Roster(subject, Fence(0), members, (), now_s, now_s + ROUND_S), here)
         found = await self._sessions.probe(caller, subject, called, PROBE_S)
         link = link_of(found, shared)
+        if found.unanswered:
+            self._sessions.unanswered[caller, called] = self._sessions.unanswered.get((caller, called), 0) + 1
+        elif link is not None:
+            self._sessions.unanswered[caller, called] = 0
         if link is None:
             self._failed(pair, found.problem or "what it measured makes no sense")
         else:
@@ -218,6 +228,13 @@ def worth_asking_for(manifests: Iterable[Manifest]) -> tuple[Digest, ...]:
     sizes = {entry.digest: entry.bytes for manifest in manifests for entry in manifest.files}
     large = sorted((digest for digest, size in sizes.items() if size >= SMALLEST_BYTES), key=lambda d: (-sizes[d], d))
     return tuple(large[:MAX_DIGESTS])
+
+
+def _members(group: _Group, here: dict[NodeId, Session]) -> tuple[Member, ...]:
+    return tuple(
+        member_of(session, (Action.FETCH,) if node_id in group.nodes else (), _gives_files(session))
+        for node_id, session in here.items()
+    )
 
 
 def _gives_files(session: Session) -> bool:

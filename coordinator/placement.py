@@ -7,21 +7,23 @@ asked again until something changed.
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from coordinator import planner
+from coordinator import planner, spares
 from coordinator.cluster import JOIN_HINT, WAIT_HINT, Away, cluster_view, once_back, said_of
 from coordinator.control.events import Unplaced
 from coordinator.learning import Learner
 from coordinator.sessions import Sessions
 from coordinator.submission import Submission
 from protos.errors import NoPlacement
-from protos.ids import JobId, NodeId
+from protos.ids import JobId, NodeId, PlanId
 from protos.jobspec import JobSpec, StrategyName
 from protos.log import Log
-from protos.plan import Identification, Plan
+from protos.plan import Identification, Plan, SparePlan
 from protos.states import Reason
 
 log = Log("hive.coordinator.placement")
@@ -51,6 +53,7 @@ class Placement:
         self._away = away  # members that take no work now
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
+        self._prepared: dict[JobId, tuple[float, spares.Prepared]] = {}  # when, and for which losses
 
     def know(self, job_id: JobId, submission: Submission, found: Identification) -> None:
         self._jobs[job_id] = Known(submission, found)
@@ -65,15 +68,44 @@ class Placement:
     def forget(self, job_id: JobId) -> None:
         self._jobs.pop(job_id, None)
         self._refused.pop(job_id, None)
+        self._prepared.pop(job_id, None)
 
-    def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
-        """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement."""
+    async def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
+        """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement.
+
+        In a thread, on copies: with many nodes it takes seconds, and the control loop must not wait for a question."""
         if not nodes:
             raise NoPlacement(*self._nobody())
         view = cluster_view(self._sessions, nodes, self._learner.speeds.learned())
-        learner, spec = self._learner, submission.spec
-        made = planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
-        return replace(made, spares=planner.spare_plans(made, spec, found.profile, found.data, view))
+        spec, table, ledger = submission.spec, copy.deepcopy(self._learner.table), self._learner.ledger
+        rng = random.Random(self._rng.getrandbits(64))
+
+        def planned() -> Plan:
+            made = planner.plan(spec, found.profile, found.data, view, table, rng, ledger)
+            return replace(made, spares=planner.spare_plans(made, spec, found.profile, found.data, view))
+
+        return await asyncio.to_thread(planned)
+
+    async def prepare(self, job_id: JobId, plan: Plan, nodes: tuple[NodeId, ...], now_s: float) -> None:
+        """Plan for the losses of a running job, in a thread; nothing when that is done and nothing has changed since,
+        or changed just now. `nodes`: its own and those it could have beside them."""
+        known, view = self._jobs.get(job_id), cluster_view(self._sessions, nodes, self._learner.speeds.learned())
+        if known is None or len(view.nodes) < len(nodes):
+            return
+        last = self._prepared.get(job_id)
+        if last is not None and last[1].plan_id == plan.id:
+            made_s, before = last
+            if now_s - made_s < spares.AGAIN_S or spares.same_for_planning(before.view, view):
+                return
+        spec, found, table = known.submission.spec, known.found, copy.deepcopy(self._learner.table)
+        made = await asyncio.to_thread(spares.prepare, plan, spec, found.profile, found.data, view, table)
+        if job_id in self._jobs:
+            self._prepared[job_id] = (now_s, made)
+
+    def spares_of(self, job_id: JobId, plan_id: PlanId) -> tuple[SparePlan, ...]:
+        """What is planned beforehand for the losses of a running job's plan, for people."""
+        last = self._prepared.get(job_id)
+        return last[1].spares if last is not None and last[1].plan_id == plan_id else ()
 
     def plan_for(
         self,
@@ -90,12 +122,14 @@ class Placement:
         if known is None:
             return _broken("what was found out about its model cannot be read by this version", "submit it again")
         capacities = tuple(self._sessions[n].capacity for n in idle if n in self._sessions)
-        situation = (idle, willing, holders, capacities, tuple((each.node_id, each.doing) for each in self._away()))
+        away = tuple((each.node_id, each.doing) for each in self._away())
+        situation = (idle, willing, holders, capacities, away, dict(self._sessions.unanswered))
         refused = self._refused.get(job_id)
         if refused is not None and refused[0] == situation:
             return refused[1]
         try:
-            placed = self._place(known, idle, willing, holders, previous)
+            beforehand = self._planned_beforehand(job_id, idle, holders, previous)
+            placed = beforehand or self._place(known, idle, willing, holders, previous)
         except Exception as error:  # one job that the planner cannot take must not hold up all others
             log.exception("the planner failed", job=job_id)
             return _broken(f"the planner failed: {type(error).__name__}: {error}", "see the coordinator's log")
@@ -104,6 +138,15 @@ class Placement:
         else:
             self._refused.pop(job_id, None)
         return placed
+
+    def _planned_beforehand(
+        self, job_id: JobId, idle: tuple[NodeId, ...], holders: tuple[NodeId, ...], previous: str | None
+    ) -> Plan | None:
+        last = self._prepared.get(job_id)
+        if last is None or previous is None:
+            return None
+        view = cluster_view(self._sessions, idle, self._learner.speeds.learned())
+        return last[1].plan_for(previous, view, holders)
 
     def _place(
         self,

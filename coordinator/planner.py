@@ -6,6 +6,7 @@ Q-table correct the ranking. The reason always comes with the decision. Refuses 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,11 +20,12 @@ from protos.model import ModelProfile
 from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Layout, Plan, SparePlan
 from protos.states import Activity
 from qtable.backoff import residuals
-from qtable.policy import FAR, Ledger, choose
+from qtable.policy import BAND, FAR, Ledger, choose
 from qtable.state import Observation, StateKey
 from qtable.table import QTable
 from strategies.base import NOT_BUILT, Inputs, PlacedEstimate
 from strategies.cost import assumed_rows, assumed_steps
+from strategies.grouping import REACH, left_out
 from strategies.links import median_rtt_s
 from strategies.registry import BUILT
 
@@ -83,9 +85,12 @@ def replan(
     """The plan with which an interrupted job goes on: the same strategy if it still fits, else the quickest that does.
 
     At least one of `holders` (nodes that have the newest state) takes part. Results do not depend on the strategy, so a
-    strategy the job file names gives way to another one here rather than to waiting; nodes.min never gives way.
+    strategy the job file names gives way to another one here rather than to waiting; nodes.min never gives way. A job
+    on one node becomes data-parallel where its file asks for that, or asks for nothing and that is clearly quicker.
     """
     considered = consider(_without_shape(Inputs(spec, profile, data, cluster, frozenset(holders)), previous), table)
+    if previous == StrategyName.SINGLE_NODE and _grows(considered):
+        return _forced(considered, StrategyName.DATA_PARALLEL.value, "there are nodes for more than one rank", plan_id)
     if previous in considered.placed:
         return _forced(considered, previous, "goes on as before with the nodes that are left", plan_id)
     if not considered.placed:
@@ -93,6 +98,21 @@ def replan(
     quickest = min(considered.placed, key=lambda name: considered.placed[name].cost.seconds)
     lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
     return _forced(considered, quickest, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
+
+
+def _grows(considered: Consideration) -> bool:
+    """Whether a job on one node goes on as data_parallel. Under `auto` only for more than the choice itself may give
+    away to explore, and with what the table has learned: it must not undo that choice."""
+    one, many = StrategyName.SINGLE_NODE.value, StrategyName.DATA_PARALLEL.value
+    asked = considered.inputs.spec.strategy
+    if many not in considered.placed or asked not in ("auto", many):
+        return False
+    if asked == many or one not in considered.placed:
+        return True
+    alone_s, together_s = (
+        considered.placed[name].cost.seconds * math.exp(-considered.residuals[name]) for name in (one, many)
+    )
+    return together_s * (1 + BAND) < alone_s
 
 
 def _without_shape(inputs: Inputs, previous: str) -> Inputs:
@@ -108,14 +128,25 @@ def spare_plans(
 ) -> tuple[SparePlan, ...]:
     """How the job would go on without any one node of the plan, and without any two of a few: what `replan` would do,
     as far as can be said beforehand. Every node is taken to have the newest state."""
+    return tuple(_spare(made, Inputs(spec, profile, data, without(cluster, lost)), lost) for lost in losses(made))
+
+
+def losses(made: Plan) -> tuple[tuple[NodeId, ...], ...]:
+    """Those that are worth a plan beforehand: of every node, and of every two where they are few."""
     used = tuple(dict.fromkeys(subtask.node_id for subtask in made.subtasks))
     few = len(used) <= (SPARES_OF_TWO if made.layout is None else SPARES_OF_TWO // 2)
-    losses = [*combinations(used, 1), *(combinations(used, 2) if few and len(used) > 2 else ())]
-    return tuple(_spare(made, Inputs(spec, profile, data, _without(cluster, lost)), lost) for lost in losses)
+    return (*combinations(used, 1), *(combinations(used, 2) if few and len(used) > 2 else ()))
 
 
-def _without(cluster: ClusterView, lost: tuple[NodeId, ...]) -> ClusterView:
-    return replace(cluster, nodes=tuple(node for node in cluster.nodes if node.node_id not in lost))
+def without(cluster: ClusterView, lost: tuple[NodeId, ...]) -> ClusterView:
+    """The same without some nodes and all that is known of their links."""
+    gone = set(lost)
+    return replace(
+        cluster,
+        nodes=tuple(node for node in cluster.nodes if node.node_id not in gone),
+        links={pair: link for pair, link in cluster.links.items() if gone.isdisjoint(pair)},
+        apart={pair: why for pair, why in cluster.apart.items() if gone.isdisjoint(pair)},
+    )
 
 
 def _spare(made: Plan, inputs: Inputs, lost: tuple[NodeId, ...]) -> SparePlan:
@@ -190,9 +221,10 @@ def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, b
     ratio = estimate.cost.seconds / best_s
     far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR else ()
     steps = estimate.steps or assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
+    apart = left_out(inputs) if len(estimate.placements) > 1 else ()
     return replace(
         candidate,
-        reasons=far,
+        reasons=(*far, *apart),
         nodes=estimate.nodes,
         seconds=estimate.cost.seconds,
         step_s=estimate.cost.step_s,
@@ -315,6 +347,11 @@ def _hint(considered: Consideration, reasons: dict[str, str]) -> str:
         return "hive nodes shows each node's state; hive-node resume and hive node uncordon bring one back"
     if any("--trusted-lan" in why for why in reasons.values()):
         return "restart the nodes of one LAN with --trusted-lan IFACE|CIDR, or use strategy: single_node"
+    if any(REACH in why for why in reasons.values()):
+        return (
+            "start every node without --no-peer and open its peer port to the others (hive nodes shows it), or use "
+            "strategy: single_node"
+        )
     changes = smallest_changes(inputs, considered.placed)
     if changes:
         return f"what would make it fit: {'; or '.join(changes)}"

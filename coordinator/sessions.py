@@ -68,11 +68,13 @@ def _away(name: str) -> Unreachable:
 
 
 class Sessions(Mapping[NodeId, Session]):
-    """By node id; a node that connects again replaces its older stream. `links`: what was measured between two of them,
-    by the sorted pair; see coordinator.peers."""
+    """By node id; a node that connects again replaces its older stream. See coordinator.peers for the rest: `links`,
+    what was measured between two of them, by the sorted pair; `unanswered`, how often in a row the second of a pair did
+    not answer a probe of the first."""
 
     def __init__(self) -> None:
         self.links: dict[tuple[NodeId, NodeId], LinkEstimate] = {}
+        self.unanswered: dict[tuple[NodeId, NodeId], int] = {}
         self._sessions: dict[NodeId, Session] = {}
         self._numbers = itertools.count(1)
 

@@ -25,6 +25,7 @@ _WITHOUT_A_MESSAGE = {
 
 STILL_S = 30.0
 _MAX_LINKS = 5000
+_MAX_APART = 20
 
 
 def sentence(record: Job) -> str:
@@ -63,9 +64,13 @@ def _finite(content: Any) -> Any:
 
 
 def node(
-    view: NodeView | NodeStatus, capacity: Capacity | None, learned: Mapping[str, Any] | None = None
+    view: NodeView | NodeStatus,
+    capacity: Capacity | None,
+    learned: Mapping[str, Any] | None = None,
+    apart: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """`learned`: how many times longer than measured at joining it takes, by family and kind of work."""
+    """`learned`: how many times longer than measured at joining it takes, by family and kind of work. `apart`: names of
+    nodes with which it is in no group, and why."""
     activity = view.activity.value
     bandwidth = capacity.bandwidth_bytes_per_s if capacity else None
     return {
@@ -79,6 +84,7 @@ def node(
         "rtt_s": capacity.rtt_s if capacity else None,
         "bandwidth_mbps": None if bandwidth is None else bandwidth * 8 / 1e6,
         "learned": dict(learned or {}),
+        "apart": [{"node": name, "why": why} for name, why in sorted((apart or {}).items())[:_MAX_APART]],
     }
 
 

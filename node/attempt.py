@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 # Code that hangs does not hear a stop. A held state takes time to write, a cancelled job has nothing to save.
 _GRACE_S = {StopMode.CANCEL: 2.0, StopMode.HOLD: 15.0, StopMode.PAUSE: 15.0}
+_COLLECTIVE_MARGIN_S = 5.0
+_LONGEST_GRACE_S = 65.0
 _DRAIN_UPLOAD_S = 60.0
 
 
@@ -166,7 +168,7 @@ class Attempt:
             self._listener.unable(CannotWork.of(error))
             raise
         if (mode := self._stop_mode()) is not None:  # it came while the worker was being started
-            await self._handle.stop(mode, _GRACE_S[mode])
+            await self._handle.stop(mode, self._grace_s(mode))
         report = await self._exit
         outcome = report.final_outcome()
         if outcome.usage is not None:
@@ -214,11 +216,20 @@ class Attempt:
         return self._stop
 
     async def stop(self, mode: StopMode) -> None:
+        if mode is StopMode.HOLD and self._stop is not None:
+            return  # whoever pauses or cancels holds too; what was to be handed over still is
         self._stop = mode
         if self._phase is not None and mode in self._breaks:
             self._phase.cancel()
         if self._handle is not None:
-            await self._handle.stop(mode, _GRACE_S[mode])
+            await self._handle.stop(mode, self._grace_s(mode))
+
+    def _grace_s(self, mode: StopMode) -> float:
+        """A collective that does not break ends at its own deadline: what is to be handed over is worth that wait."""
+        grace_s = _GRACE_S[mode]
+        if mode is StopMode.PAUSE and self.task.world_size > 1:
+            return min(max(grace_s, self.task.collective_timeout_s + _COLLECTIVE_MARGIN_S), _LONGEST_GRACE_S)
+        return grace_s
 
     # ---- WorkerHandler
 
@@ -232,6 +243,9 @@ class Attempt:
     def on_checkpoint(self, folder: Path, step: int, samples: int) -> None:
         if self._uploading is None or self._uploading.done():
             self._uploading = asyncio.create_task(self._upload_quietly(folder, step, samples))
+            self._uploading.add_done_callback(lambda _: self._settled())
+        else:
+            self._settled()
 
     def on_artifact(self, name: str, path: Path) -> None:
         self._artifacts.append((name, path))
@@ -274,6 +288,10 @@ class Attempt:
         name = parse_folder(folder.name) or CheckpointName(step)
         checkpoint = Checkpoint(step, samples, manifest, self.task.fence, name.part, name.parts)
         self._tools.send(self._durable(checkpoint_json=documents.encode(checkpoint)))
+
+    def _settled(self) -> None:
+        if self._handle is not None:
+            self._handle.checkpoint_settled()
 
     async def _end_upload(self) -> None:
         if self._uploading is not None:

@@ -35,7 +35,8 @@ _FLAGS = (
     click.option(
         "--peer/--no-peer",
         default=None,
-        help="Let nodes of this cluster reach this one on its trusted networks, by mutual TLS [default: yes].",
+        help="Let nodes of this cluster reach this one on its trusted networks, by mutual TLS; without, it works alone "
+        "[default: yes].",
     ),
     click.option("--peer-port", metavar="PORT", help="Where they reach it [default: any free port]."),
     click.option("--advertise/--no-advertise", default=None, help="Announce it on the LAN by zeroconf [default: yes]."),

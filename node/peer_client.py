@@ -37,6 +37,10 @@ _MAX_SOURCES = 4
 _NAME = "grpc.ssl_target_name_override"
 
 
+class NoAnswer(Unreachable):
+    """None of the addresses that were tried lets this node in: nothing listens there, or something is between."""
+
+
 def reachable(member: Member, capacity: Capacity) -> tuple[PeerAddress, ...]:
     """The addresses of a member on networks that this node has too, and no others whatever it claims. Pure."""
     mine = {network.cidr for network in capacity.networks}
@@ -71,7 +75,7 @@ def metadata(reference: Reference) -> tuple[tuple[str, str], ...]:
 async def connected(
     credential: Credential, node_id: str, addresses: Sequence[PeerAddress]
 ) -> AsyncIterator[tuple[Any, PeerAddress]]:
-    """A stub of the first address that answers as that node. Raises Unreachable."""
+    """A stub of the first address that answers as that node. Raises NoAnswer, Unreachable where there is no address."""
     for each in addresses:
         async with channel(each.address, credential, node_id) as line:
             try:
@@ -82,8 +86,10 @@ async def connected(
                 continue
             yield peer_pb2_grpc.PeerStub(line), each  # type: ignore[no-untyped-call]
             return
-    tried = ", ".join(each.address for each in addresses) or "no address on a network of this node"
-    raise Unreachable(f"{node_id} does not answer ({tried})", "is a firewall between them? see --peer-port")
+    if not addresses:
+        raise Unreachable(f"{node_id} has no address on a network of this node", "see --trusted-lan")
+    tried = ", ".join(each.address for each in addresses)
+    raise NoAnswer(f"{node_id} does not answer ({tried})", "is a firewall between them? see --peer-port")
 
 
 async def _ready(line: grpc.aio.Channel) -> bool:

@@ -16,7 +16,7 @@ from node import probe_peers
 from node.cancellation import raise_if_cancelled
 from node.memory_trim import trim
 from node.peer import PeerListeners, PeerService
-from node.peer_client import PeerClient, reachable
+from node.peer_client import NoAnswer, PeerClient, reachable
 from node.roster_book import RosterBook
 from protos.capacity import Capacity
 from protos.credentials import Credential
@@ -27,8 +27,8 @@ from protos.transfer import Limiter
 
 log = Log("hive.node.peering")
 
-OFF = "the owner said --no-peer: files and state go by way of the coordinator"
-NOWHERE = "no trusted network: files and state go by way of the coordinator"
+OFF = "the owner said --no-peer: files come from the coordinator, and no job spans this machine and another"
+NOWHERE = "no trusted network: files come from the coordinator, and no job spans this machine and another"
 _FOLLOW_S = 15.0
 _PROBE_S = 45.0
 
@@ -121,7 +121,8 @@ class Peering:
         except HiveError as error:
             found = error
         if isinstance(found, HiveError):
-            return pb.ProbeResult(call_id=order.call_id, problem=found.message)
+            unanswered = isinstance(found, NoAnswer)
+            return pb.ProbeResult(call_id=order.call_id, problem=found.message, unanswered=unanswered)
         return pb.ProbeResult(
             call_id=order.call_id,
             rtt_minimum_s=found.rtt_minimum_s,

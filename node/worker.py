@@ -28,7 +28,7 @@ from protos.states import AttemptState, Reason, StopMode
 from protos.work import Fault, Outcome, Progress, Task
 from strategies.context import KeyValueStore, TaskContext, Workspace
 
-_MARGIN_S = 5.0  # beyond a store call's own deadline, which the daemon keeps
+_MARGIN_S = 5.0  # for the daemon's answer, beyond a store call's own deadline, which the daemon keeps
 _NO_DEADLINE_S = limits.CALL_DEADLINE_S * 4  # for calls that name none: enough for a coordinator's restart
 MAX_TASK_BYTES = limits.MAX_MESSAGE_BYTES
 
@@ -42,6 +42,9 @@ class WorkerChannel:
         self._stop_lock = threading.Lock()
         self._stop: StopMode | None = None
         self._callbacks: list[Callable[[StopMode], None]] = []
+        self._announced = 0  # checkpoints
+        self._settled = 0  # of them, the daemon has done what it could
+        self._over = threading.Event()
         self._store = ChannelStore(self._send)
 
     @property
@@ -58,13 +61,20 @@ class WorkerChannel:
         self._send(Frame({"kind": "progress"}, documents.encode(progress)))
 
     def checkpoint(self, folder: Path, step: int, samples: int) -> None:
+        self._announced += 1
         self._send(Frame({"kind": "checkpoint", "folder": str(folder), "step": step, "samples": samples}))
+
+    def uploading(self) -> bool:
+        return self._announced > self._settled
 
     def artifact(self, name: str, path: Path) -> None:
         self._send(Frame({"kind": "artifact", "name": name, "path": str(path)}))
 
     def outcome(self, outcome: Outcome) -> None:
+        """The last word. Waits until it was heard, bounded: the end of a socket that is still written to loses what
+        the other side has not read yet."""
         self._send(Frame({"kind": "outcome"}, documents.encode(outcome)))
+        self._over.wait(_MARGIN_S)
 
     def stop_requested(self) -> StopMode | None:
         return self._stop
@@ -93,6 +103,10 @@ class WorkerChannel:
                         self._send(Frame({"kind": "pong", "number": frame.header["number"]}))
                     case "stop":
                         self._stopped(StopMode(frame.header["mode"]))
+                    case "settled":
+                        self._settled += 1
+                    case "over":
+                        self._over.set()
                     case "reply":
                         self._store.answered(frame)
         finally:

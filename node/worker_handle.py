@@ -149,6 +149,10 @@ class WorkerHandle:
             if not done:
                 await self.kill(ExitKind.KILLED, f"asked to {mode.value}, it did not end within {grace_s:g} s")
 
+    def checkpoint_settled(self) -> None:
+        """One checkpoint that the worker announced is uploaded, or will not be. Said once for each of them."""
+        self._tell(Frame({"kind": "settled"}))
+
     async def kill(self, kind: ExitKind = ExitKind.KILLED, message: str = "ended by the node") -> None:
         """Ends the whole tree at once and waits for it, bounded."""
         self.kill_now(kind, message)
@@ -226,6 +230,8 @@ class WorkerHandle:
             self._finished.set_result(result)
 
     def _tell(self, frame: Frame) -> None:
+        if self._outcome is not None:
+            return  # it has heard that it may end
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(channel.pack(frame))
 
@@ -264,9 +270,13 @@ class WorkerHandle:
             case "store":
                 return partial(self._store_call, int(header["call"]), _StoreCall.of(frame))
             case "outcome":
-                return partial(setattr, self, "_outcome", documents.decode(Outcome, frame.body))
+                return partial(self._ended, documents.decode(Outcome, frame.body))
             case other:
                 raise SpecError(f"unknown frame {str(other)[:100]!r}")
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._tell(Frame({"kind": "over"}))
+        self._outcome = outcome
 
     def _inside(self, path: str, *folders: Path) -> Path:
         """A file the worker may have sent to the coordinator: one it wrote, not one of the owner's."""

@@ -65,11 +65,13 @@ class Learned:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """Members and the links between pairs; a pair is stored once under the sorted ids."""
+    """Members and the links between pairs; a pair is stored once under the sorted ids. `apart`: pairs of which one
+    cannot connect to the other, with the reason: no group has both."""
 
     nodes: tuple[NodeView, ...]
     links: Mapping[tuple[NodeId, NodeId], LinkEstimate] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+    apart: Mapping[tuple[NodeId, NodeId], str] = field(default_factory=dict)
 
     def link(self, a: NodeId, b: NodeId) -> LinkEstimate | None:
         return self.links.get((min(a, b), max(a, b)))
@@ -265,4 +267,4 @@ class Plan:
     steps: int | None = None
     layout: Layout | None = None  # None: every rank holds the whole model
     links: tuple[LinkUse, ...] = ()
-    spares: tuple[SparePlan, ...] = ()  # of a plan over several nodes that was made for a person to read
+    spares: tuple[SparePlan, ...] = ()  # of a plan over several nodes, where a person reads it

@@ -39,7 +39,7 @@ class CheckpointPace:
 
     def due(self, step: int) -> bool:
         """After each committed step, on every rank: whether a checkpoint of it is written. Raises PeerLost."""
-        if step != self._talk_at and step != self._due_at:
+        if not self.talks(step):
             return False
         said = torch.tensor(self.proposal(step), dtype=torch.int64).to(self._group.device)
         self._group.all_reduce(said, dist.ReduceOp.MAX)
@@ -49,6 +49,10 @@ class CheckpointPace:
     def uploads(self, step: int) -> bool:
         """Whether the checkpoint of a step that was due is uploaded: no rank's last one was under way then."""
         return step == self._uploaded_step
+
+    def talks(self, step: int) -> bool:
+        """Whether all ranks say something after this step."""
+        return step in (self._talk_at, self._due_at)
 
     def proposal(self, step: int) -> tuple[int, int]:
         """What this rank says at a step where all talk: the steps until the next checkpoint; 1 while it is busy."""

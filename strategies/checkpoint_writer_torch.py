@@ -39,11 +39,6 @@ class CheckpointWriter:
         """Time for the next one, and the last one has been written."""
         return not self.busy and time.monotonic() >= self._due
 
-    @property
-    def busy(self) -> bool:
-        """A write is under way, or has ended and was not polled."""
-        return self._writing is not None
-
     def start(self, state: TrainingState) -> None:
         """`state` must be a copy. Waits for a write that is under way."""
         self.finish()

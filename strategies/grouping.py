@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from strategies.base import Inputs
-from strategies.links import TrustedGroup, joined_by_quick_links, ranks_of, trusted_groups
+from strategies.links import Apart, TrustedGroup, joined_by_quick_links, ranks_of, trusted_groups
+
+REACH = "can connect to each other"
+NOBODY: Apart = {}
+_NAMED = 3
 
 
 def groups(inputs: Inputs) -> list[TrustedGroup]:
@@ -11,7 +15,7 @@ def groups(inputs: Inputs) -> list[TrustedGroup]:
     holding = inputs.holding
     return [
         group
-        for group in trusted_groups(inputs.eligible)
+        for group in trusted_groups(inputs.eligible, inputs.cluster.apart)
         if len(group.nodes) >= inputs.spec.nodes.min
         and (not holding or any(node.node_id in holding for node in group.nodes))
     ]
@@ -41,15 +45,38 @@ def group_reasons(inputs: Inputs) -> tuple[str, ...]:
         others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
         return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
     trusted = [group for group in trusted_groups(eligible) if len(group.nodes) >= nodes.min]
+    wanted = "two" if nodes.min <= 2 else str(nodes.min)
     if not trusted:
-        wanted = "two" if nodes.min <= 2 else str(nodes.min)
         return (
             f"no {wanted} of the {len(eligible)} usable nodes share a trusted network: start the nodes of one LAN with "
             "`hive-node start --trusted-lan IFACE|CIDR`",
         )
+    if not any(len(group.nodes) >= nodes.min for group in trusted_groups(eligible, inputs.cluster.apart)):
+        return (f"no {wanted} of the {len(eligible)} usable nodes {REACH}: {_said(_why_apart(inputs))}",)
     if not groups(inputs):
         return ("no trusted network reaches a node that has the newest state of the job",)
     return ()
+
+
+def left_out(inputs: Inputs) -> tuple[str, ...]:
+    """One clause on the eligible nodes that are in no group because others cannot connect to them."""
+    eligible = inputs.eligible
+    joined, wanted = (
+        {node.node_id for group in trusted_groups(eligible, apart) for node in group.nodes}
+        for apart in (inputs.cluster.apart, NOBODY)
+    )
+    names = [node.name for node in eligible if node.node_id in wanted - joined]
+    return (f"without {', '.join(names)}: {_said(_why_apart(inputs))}",) if names else ()
+
+
+def _why_apart(inputs: Inputs) -> tuple[str, ...]:
+    ids = {node.node_id for node in inputs.eligible}
+    return tuple(dict.fromkeys(why for pair, why in inputs.cluster.apart.items() if ids.issuperset(pair)))
+
+
+def _said(reasons: tuple[str, ...]) -> str:
+    more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+    return "; ".join(reasons[:_NAMED]) + more
 
 
 def _are(count: int) -> str:

@@ -59,12 +59,8 @@ def library() -> ModuleType:
 
 
 def prepare(directory: Path, spec: ModelSpec) -> None:
-    """Imports what building and reading the weights need. Raises what `build` raises for a configuration that cannot be
-    built."""
+    """Imports what building needs. Raises what `build` raises for a configuration that cannot be built."""
     _architecture(_config(directory, spec), spec)
-    if spec.weights != NO_WEIGHTS:
-        import transformers.conversion_mapping
-        import transformers.core_model_loading  # noqa: F401
 
 
 def build(directory: Path, spec: ModelSpec, seed: int) -> nn.Module:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
+from types import MappingProxyType
 
 from protos.ids import NodeId
 from protos.plan import ClusterView, LinkUse, NodeView
@@ -20,6 +21,7 @@ from strategies import cost
 LOOPBACK = "loopback"
 LOOPBACK_RTT_S = 0.0001
 LOOPBACK_BYTES_PER_S = 1.5e9  # gloo all-reduce of 100 MB between two processes
+LOOPBACK_CORE_BYTES_PER_S = 2e9  # the same for each second of one core: what a cap below that lets through
 LAN_RTT_S = 0.001  # assumed until measured
 ALIKE = 1.5  # links whose speeds differ by less are taken as equally fast
 LAN_BYTES_PER_S = 117e6  # 1 Gbit/s less the TCP/IP headers, assumed until measured
@@ -46,7 +48,8 @@ def link_between(cluster: ClusterView, a: NodeView, b: NodeView) -> Link:
     if measured is not None:
         return Link(measured.rtt_s, max(1.0, min([measured.bandwidth_bytes_per_s, *caps])))
     if a.capacity.machine_id == b.capacity.machine_id:
-        return Link(LOOPBACK_RTT_S, LOOPBACK_BYTES_PER_S)
+        share = min(cost.core_share(node.capacity) for node in (a, b))  # there is no wire: copying is all there is
+        return Link(LOOPBACK_RTT_S / share, min(LOOPBACK_BYTES_PER_S, LOOPBACK_CORE_BYTES_PER_S * share))
     rtts = [rtt for node in (a, b) if (rtt := node.capacity.rtt_s) is not None]
     rates = [rate for node in (a, b) if (rate := node.capacity.bandwidth_bytes_per_s)]
     return Link(max(rtts, default=LAN_RTT_S), max(1.0, min([*(rates or [LAN_BYTES_PER_S]), *caps])))
@@ -142,8 +145,12 @@ def ranks_of(node: NodeView) -> int:
     return max(1, len(node.capacity.gpus))
 
 
-def trusted_groups(nodes: Iterable[NodeView]) -> tuple[TrustedGroup, ...]:
-    """Groups of two ranks or more; a node may be in several."""
+Apart = Mapping[tuple[NodeId, NodeId], str]
+"""protos.plan.ClusterView.apart."""
+
+
+def trusted_groups(nodes: Iterable[NodeView], apart: Apart = MappingProxyType({})) -> tuple[TrustedGroup, ...]:
+    """Groups of two ranks or more, in which everyone can connect to everyone; a node may be in several."""
     groups: dict[tuple[str, str], list[NodeView]] = {}
     for node in nodes:
         if node.capacity.machine_id:
@@ -152,10 +159,33 @@ def trusted_groups(nodes: Iterable[NodeView]) -> tuple[TrustedGroup, ...]:
             if not _is_loopback(cidr):
                 groups.setdefault((cidr, ""), []).append(node)
     return tuple(
-        TrustedGroup(network, tuple(members))
-        for (network, _), members in groups.items()
+        TrustedGroup(network, members)
+        for (network, _), everyone in groups.items()
+        for members in _connected(everyone, apart)
         if sum(map(ranks_of, members)) > 1
     )
+
+
+def _connected(nodes: Sequence[NodeView], apart: Apart) -> Iterator[tuple[NodeView, ...]]:
+    """For every node the largest set around it that is quick to find in which no two are apart, each set once."""
+    alone_from: dict[NodeId, set[NodeId]] = {node.node_id: set() for node in nodes}
+    for a, b in apart:
+        if a in alone_from and b in alone_from:
+            alone_from[a].add(b)
+            alone_from[b].add(a)
+    if not any(alone_from.values()):
+        yield tuple(nodes)
+        return
+    easiest = sorted(nodes, key=lambda node: len(alone_from[node.node_id]))
+    found: set[frozenset[NodeId]] = set()
+    for first in easiest:
+        members = {first.node_id}
+        for node in easiest:
+            if alone_from[node.node_id].isdisjoint(members):
+                members.add(node.node_id)
+        if frozenset(members) not in found:
+            found.add(frozenset(members))
+            yield tuple(node for node in nodes if node.node_id in members)
 
 
 def _is_loopback(cidr: str) -> bool:

@@ -260,13 +260,11 @@ def checkpoint_if_due(run: Run) -> None:
     """One rank per part writes: the node uploads what it announces. Every rank hears at which step: parts of one step
     only are a state, and at the next step those who do not write wait for those who do."""
     alone, whole = run.group.world_size == 1, run.engine.part[1] == 1
+    run.writer.poll()  # what has been written by now keeps no rank from the next one
     due = run.writer.due() if alone else run.pace.due(run.step)
     if due:
         run.checkpointed_at = run.step
-    if not run.engine.keeps:
-        return
-    run.writer.poll()
-    if due and not (whole and run.writer.busy):
+    if due and run.engine.keeps and not (whole and run.writer.busy):
         run.reporter.flush()  # never checkpoint a state whose loss is not a number
         if has_room_for_copy(run):
             run.writer.start(capture(run, copy=True))

@@ -12,6 +12,7 @@ from typing import Any
 from protos.command_line import human_bytes, human_seconds, paint, table
 from protos.printable import printable
 
+_NAMED = 3
 _STATE_COLOURS = {
     "SUCCEEDED": "green",
     "FAILED": "red",
@@ -280,12 +281,21 @@ def nodes(rows: list[dict[str, Any]]) -> str:
                 _gigaflops(capacity.get("flops") or {}),
                 number(row.get("bandwidth_mbps")),
                 human_seconds(row.get("rtt_s")),
-                capacity.get("peer_port") or "relayed",
+                _peer(row, capacity),
                 why,
             )
         )
     headers = ["NODE", "NAME", "STATE", "CORES", "MEMORY", "GPU", "GFLOP/S", "MBIT/S", "RTT", "PEER", "WHY"]
     return table(headers, cells)
+
+
+def _peer(row: Mapping[str, Any], capacity: Mapping[str, Any]) -> str:
+    """The port at which others reach it, and who cannot; `relayed`: it works alone, and all goes by the coordinator."""
+    port, others = capacity.get("peer_port"), [str(each.get("node")) for each in row.get("apart") or ()]
+    if port is None:
+        return "relayed"
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    return f"{port}, not with {', '.join(others[:_NAMED])}{more}" if others else str(port)
 
 
 def _gigaflops(flops: Mapping[str, Any]) -> str | None:

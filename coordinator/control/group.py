@@ -8,7 +8,7 @@ from coordinator.control import events as e
 from coordinator.control.state import AttemptView, Held, JobView, State, Timing
 from coordinator.control.transitions import end, to
 from protos.errors import Blame
-from protos.ids import JobId
+from protos.ids import JobId, NodeId
 from protos.states import ATTEMPT_TRANSITIONS, AttemptState, JobState, Reason, StopMode
 from protos.work import Fault
 
@@ -93,6 +93,34 @@ def _elsewhere(fault: Fault) -> bool:
 def regroup(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
     """The ranks hold and a new group forms, without anything having gone wrong."""
     return _recover(job, reason, message, now_s, timing)
+
+
+def hand_over(job: JobView, node_id: NodeId, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """A node is about to go, or to work no more: the job goes on without it, and its newest state must not go with it.
+
+    The node's ranks upload what they hold before they end. Where ranks hold parts of the model all of them do: on the
+    disks of those that stay a part is of no use without the others. Elsewhere the others have the whole state there.
+    """
+    leaving = [a for a in job.working if a.node_id == node_id]
+    if not leaving or job.wanted is not None or _finished(job):
+        return job, []  # it ends, or all of its ranks hand over already
+    deadline_s = now_s + timing.hand_over_s
+    if job.state is JobState.RECOVERING:  # the others were told already
+        job = replace(job, deadline_s=max(deadline_s, job.deadline_s or 0.0))
+        return job, [e.Stop(a.node_id, job.job_id, job.fence, StopMode.PAUSE, message) for a in leaving]
+    parts = job.plan is not None and job.plan.layout is not None
+    stops: Effects = [
+        e.Stop(
+            attempt.node_id,
+            job.job_id,
+            job.fence,
+            StopMode.PAUSE if parts or attempt.node_id == node_id else StopMode.HOLD,
+            message,
+        )
+        for attempt in job.working
+    ]
+    job = to(job, JobState.RECOVERING, Reason.NODE_LEFT, message)
+    return replace(job, deadline_s=deadline_s), stops
 
 
 def _recover(

@@ -1,7 +1,8 @@
-"""A node that comes while a data-parallel job runs may join its group, when what it saves is worth the interruption.
+"""A node that comes while a job runs on whole models may join it, when what it saves is worth the interruption.
 
 Every rank holds the whole state, so a larger group goes on from the last committed step: the ranks hold, the group
-forms again with the newcomer, which receives the state from a peer. Jobs that wait for a node come first.
+forms again with the newcomer, which receives the state from a peer. A job on one node is a group of one: whether its
+job file lets it become data-parallel is the planner's to say. Jobs that wait for a node come first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from protos.ids import NodeId
 from protos.plan import Plan
 from protos.states import JobState, Reason
 
-GROWS = frozenset({"data_parallel"})
+INTO = "data_parallel"
+GROWS = frozenset({"single_node", INTO})
 
 
 def grow(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) -> tuple[State, list[e.Effect]]:
@@ -53,7 +55,7 @@ def _may_grow(job: JobView, idle: tuple[NodeId, ...], now_s: float) -> bool:
 def _worth_it(job: JobView, now: Plan, then: Plan, timing: Timing) -> bool:
     """Somebody joins, and the gain over the steps that are left > 2 x what the interruption costs."""
     own = {attempt.node_id for attempt in job.attempts}
-    if then.strategy not in GROWS or not {subtask.node_id for subtask in then.subtasks} - own:
+    if then.strategy != INTO or not {subtask.node_id for subtask in then.subtasks} - own:
         return False
     steps = now.steps or then.steps
     if steps is None:

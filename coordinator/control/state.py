@@ -164,6 +164,7 @@ class Timing:
     identify_s: float = 900.0  # until an identification without an answer is asked for again
     start_s: float = 120.0
     hold_s: float = 20.0
+    hand_over_s: float = 130.0  # before a pause, or when a node goes: node/attempt.py takes up to 65 + 60 s
     stop_s: float = 10.0
     retries: int = 3
     grow_after_s: float = 5.0  # a group stays as it is for so long

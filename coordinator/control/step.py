@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from coordinator.control import events as e
-from coordinator.control.group import continue_recovery, lose_attempts, offers_again, take_report
+from coordinator.control.group import continue_recovery, hand_over, lose_attempts, offers_again, take_report
 from coordinator.control.growth import grow
 from coordinator.control.schedule import schedule
 from coordinator.control.state import JobView, NodeStatus, State, Timing
@@ -20,6 +20,7 @@ from protos.errors import Conflict, NotFound
 from protos.ids import NodeId
 from protos.states import (
     TERMINAL_ATTEMPT_STATES,
+    Activity,
     AttemptState,
     Eligibility,
     JobState,
@@ -77,7 +78,7 @@ def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[
         case e.NodeConnected():
             return _node_connected(state, event, now_s, timing)
         case e.NodeHeard():
-            return _node_heard(state, event, now_s)
+            return _node_heard(state, event, now_s, timing)
         case e.NodeDisconnected():
             node = state.nodes.get(event.node_id)
             if node is None or node.link is not NodeLink.CONNECTED:
@@ -119,8 +120,7 @@ def _node_connected(
     for lease in event.leases:
         job = state.jobs.get(lease.job_id)
         if job is not None and _works(job, lease, event.node_id):
-            leaves = job.state is JobState.RECOVERING or eligibility is Eligibility.DRAINING
-            mode = job.wanted or (StopMode.HOLD if leaves else None)
+            mode = job.wanted or (StopMode.HOLD if job.state is JobState.RECOVERING else None)
             if mode is not None:  # said while the node was away
                 effects.append(e.Stop(event.node_id, job.job_id, job.fence, mode, job.message))
         elif lease.state not in TERMINAL_ATTEMPT_STATES:  # an ended one must not stop the other ranks of its fence
@@ -142,6 +142,9 @@ def _node_connected(
                 state, job.job_id, lost, Reason.NODE_LOST, f"{event.name} restarted", now_s, timing
             )
             effects += more
+    if eligibility is Eligibility.DRAINING:
+        state, more = _hand_over(state, event.node_id, f"{event.name} is draining", now_s, timing)
+        effects += more
     return state, effects, "connected"
 
 
@@ -153,7 +156,7 @@ def _attempt_state(job: JobView, rank: int) -> AttemptState:
     return next(attempt.state for attempt in job.attempts if attempt.rank == rank)
 
 
-def _node_heard(state: State, event: e.NodeHeard, now_s: float) -> tuple[State, list[e.Effect], str]:
+def _node_heard(state: State, event: e.NodeHeard, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
     node = state.nodes.get(event.node_id)
     if node is None:
         return state, [], "not a member"
@@ -161,9 +164,14 @@ def _node_heard(state: State, event: e.NodeHeard, now_s: float) -> tuple[State, 
         return state, [], "a member that left says nothing more on this stream"
     # Its stream is open, so a node that was given up for its silence (frozen, asleep) is here again.
     node = replace(node, last_seen_s=now_s, link=NodeLink.CONNECTED)
+    stops = event.activity is Activity.PAUSED and node.activity is Activity.BUSY
     if event.activity is not None:
         node = replace(node, activity=event.activity, reason=event.activity_reason)
-    return state.with_node(node), [], "heard"
+    state = state.with_node(node)
+    effects: list[e.Effect] = []
+    if stops:  # its owner's word: it stops what it works on by itself, the others of the group hear of it here
+        state, effects = _hand_over(state, node.node_id, f"{node.name}: {node.reason}", now_s, timing)
+    return state, effects, "heard"
 
 
 def _node_left(state: State, event: e.NodeLeft, now_s: float, timing: Timing) -> tuple[State, list[e.Effect], str]:
@@ -187,7 +195,10 @@ def _node_controlled(
             return state.with_node(replace(node, eligibility=Eligibility.OK)), [], "takes work again"
         case "drain":
             state = state.with_node(replace(node, eligibility=Eligibility.DRAINING))
-            return state, _stop_on(state, event.node_id, f"{node.name} is draining"), "draining"
+            if not node.reachable:
+                return state, [], "draining once it is back"
+            state, effects = _hand_over(state, event.node_id, f"{node.name} is draining", now_s, timing)
+            return state, effects, "draining"
         case "remove":
             state, effects, reason = _lose_node(
                 state, event.node_id, Reason.NODE_LEFT, f"{node.name} was removed", now_s, timing
@@ -195,6 +206,16 @@ def _node_controlled(
             return state.with_node(replace(node, link=NodeLink.LEFT, reason="removed")), effects, reason
         case other:
             raise Conflict(f"unknown action {other!r} for a node", "use cordon, uncordon, drain or remove")
+
+
+def _hand_over(state: State, node_id: NodeId, why: str, now_s: float, timing: Timing) -> tuple[State, list[e.Effect]]:
+    """Whatever a node works on now goes on elsewhere, from where it is."""
+    effects: list[e.Effect] = []
+    for job in list(state.jobs.values()):
+        if not job.ended:
+            job, stops = hand_over(job, node_id, why, now_s, timing)
+            state, effects = state.with_job(job), [*effects, *stops]
+    return state, effects
 
 
 def _stop_on(state: State, node_id: NodeId, why: str) -> list[e.Effect]:
@@ -249,7 +270,7 @@ def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) 
             if not job.working:
                 job = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
                 return state.with_job(job), [] if job.identified else [e.StopIdentifying(job.job_id)], "paused"
-            job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hold_s)
+            job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hand_over_s)
             job = replace(job, reason=Reason.PAUSED_BY_USER, message="pausing on request")
             return state.with_job(job), _stop_all(job, StopMode.PAUSE, "paused by its user"), "pausing"
         case "resume":

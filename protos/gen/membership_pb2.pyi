@@ -217,7 +217,7 @@ class ProbeOrder(_message.Message):
     def __init__(self, call_id: _Optional[int] = ..., subject: _Optional[str] = ..., peer_id: _Optional[str] = ...) -> None: ...
 
 class ProbeResult(_message.Message):
-    __slots__ = ("call_id", "rtt_minimum_s", "rtt_median_s", "upload_bytes_per_s", "download_bytes_per_s", "network", "problem")
+    __slots__ = ("call_id", "rtt_minimum_s", "rtt_median_s", "upload_bytes_per_s", "download_bytes_per_s", "network", "problem", "unanswered")
     CALL_ID_FIELD_NUMBER: _ClassVar[int]
     RTT_MINIMUM_S_FIELD_NUMBER: _ClassVar[int]
     RTT_MEDIAN_S_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class ProbeResult(_message.Message):
     DOWNLOAD_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     call_id: int
     rtt_minimum_s: float
     rtt_median_s: float
@@ -232,4 +233,5 @@ class ProbeResult(_message.Message):
     download_bytes_per_s: float
     network: str
     problem: str
-    def __init__(self, call_id: _Optional[int] = ..., rtt_minimum_s: _Optional[float] = ..., rtt_median_s: _Optional[float] = ..., upload_bytes_per_s: _Optional[float] = ..., download_bytes_per_s: _Optional[float] = ..., network: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+    unanswered: bool
+    def __init__(self, call_id: _Optional[int] = ..., rtt_minimum_s: _Optional[float] = ..., rtt_median_s: _Optional[float] = ..., upload_bytes_per_s: _Optional[float] = ..., download_bytes_per_s: _Optional[float] = ..., network: _Optional[str] = ..., problem: _Optional[str] = ..., unanswered: _Optional[bool] = ...) -> None: ...

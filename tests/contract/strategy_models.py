@@ -1,4 +1,5 @@
-"""The four models of the contract of the strategies. This file is also the code of every job: it is copied beside it.
+"""The small models of the contract of the strategies. This file is also the code of their jobs: it is copied beside
+them.
 
 Layers whose gradient is rounding noise (a bias before a norm, the bias of a key) are left out: Adam would blow the
 noise up to whole steps, and no two ways to add up numbers would agree.
@@ -76,7 +77,7 @@ def gpt() -> nn.Module:
 
 
 class Lstm(nn.Module):
-    """Two recurrent layers over [N, 6, 3]."""
+    """Two recurrent layers over [N, 4, 3]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.checkpoints import PENDING_STEPS, with_uploaded
+from coordinator.checkpoints import PENDING_SETS, with_uploaded
 from protos import documents
 from protos.artifact import FileEntry, Manifest, digest_bytes
 from protos.ids import Fence
@@ -51,6 +51,19 @@ def test_a_part_that_cannot_be_is_refused() -> None:
         assert after(odd) == Checkpoints()
 
 
+def test_parts_of_a_group_that_went_back_count_although_others_had_been_further() -> None:
+    lost = (part(50, 0, 2), part(60, 0, 2))
+    known = after(*lost, part(45, 0, 2, fence=2), part(45, 1, 2, fence=2))
+    assert known.newest is not None and known.newest.step == 45
+
+
+def test_the_set_that_has_come_furthest_waits_for_its_last_part() -> None:
+    newer = (part(step, 0, 3) for step in (6, 7, 8))
+    known = after(part(5, 0, 3), part(5, 1, 3), *newer, part(5, 2, 3))
+    assert known.newest is not None and known.newest.step == 5
+    assert [each.step for each in known.pending] == [8]
+
+
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(1, 2)), max_size=30))
 def test_the_newest_never_goes_back_and_little_waits(uploads: list[tuple[int, int, int]]) -> None:
     known, newest = Checkpoints(), 0
@@ -62,5 +75,5 @@ def test_the_newest_never_goes_back_and_little_waits(uploads: list[tuple[int, in
         step_now = known.newest.step if known.newest is not None else 0
         assert step_now >= newest
         newest = step_now
-        assert len({(each.step, each.fence) for each in known.pending}) <= PENDING_STEPS
+        assert len({(each.step, each.fence) for each in known.pending}) <= PENDING_SETS
         assert all(each.step > newest for each in known.pending)

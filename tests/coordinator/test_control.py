@@ -465,5 +465,7 @@ def test_a_pausing_job_pauses_even_when_nobody_answers() -> None:
     bench = Bench()
     bench.running("a", "b")
     bench.do(e.UserAsked(JOB, "pause"))
-    bench.wait(TIMING.hold_s + 1.0, heard=("a", "b"))
+    bench.wait(TIMING.hand_over_s - 1.0, heard=("a", "b"))
+    assert bench.job().state is JobState.RUNNING  # what they hold may still be on its way
+    bench.wait(2.0, heard=("a", "b"))
     assert bench.job().state is JobState.PAUSED

@@ -23,7 +23,8 @@ class Growing(Bench):
 
     def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
         estimate = CostEstimate(1.0, 1.0 / len(idle), 1.0, {})
-        return replace(plan_on(idle), estimate=estimate, steps=self.steps, strategy=self.strategy)
+        strategy = self.strategy if len(idle) > 1 else "single_node"
+        return replace(plan_on(idle), estimate=estimate, steps=self.steps, strategy=strategy)
 
     def ticking(self, seconds: float) -> list[e.Effect]:
         return self.wait(seconds, heard=tuple(self.state.nodes))
@@ -65,6 +66,45 @@ def test_growth_uses_up_no_retries() -> None:
         bench.ready()
         bench.progress(bench.job().step + 1)
     assert len(bench.job().attempts) == 7 and bench.job().retries == 0
+
+
+def test_a_job_that_shrank_to_one_node_grows_again_when_the_other_is_back() -> None:
+    bench = running()
+    bench.do(e.NodeControlled(NodeId("b"), "remove"))
+    bench.size = 1
+    bench.fail(0, held=7)
+    bench.wait(3, heard=("a",))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a"] and bench.job().plan is not None
+    bench.ready()
+    bench.progress(8)
+    bench.connect("b")
+    assert stops(bench.ticking(TIMING.grow_after_s + 1)) == [("a", 2, "hold")]
+    assert (bench.job().reason, bench.job().message) == (Reason.GROUP_GROWS, "b joins the group")
+    bench.fail(0, held=9)
+    assert [(node, fence) for node, fence, _ in bench.offers()] == [("a", 3), ("b", 3)]
+    assert bench.holders == ("a",), "the state comes from the one that has it"
+
+
+@pytest.mark.parametrize("steps", [12, 1000])
+def test_a_job_on_one_node_grows_only_when_that_pays(steps: int) -> None:
+    bench = Growing(steps=steps)
+    bench.running("a")
+    bench.progress(5)
+    bench.connect("b")
+    assert bool(stops(bench.ticking(30))) == (steps == 1000)
+
+
+def test_a_job_whose_planner_keeps_it_on_one_node_stays_there() -> None:
+    class Alone(Growing):
+        def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
+            faster = CostEstimate(1.0, 0.1 if "b" in idle else 1.0, 1.0, {})
+            return replace(plan_on(idle[-1:]), estimate=faster, steps=self.steps)
+
+    bench = Alone()
+    bench.running("a")
+    bench.progress(5)
+    bench.connect("b")
+    assert stops(bench.ticking(30)) == [], "a move to another node is no growth"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 from control_bench import TIMING, USER_CODE, Bench, stops
 
 from coordinator.control import events as e
 from protos.errors import Blame, Conflict, NotFound
 from protos.ids import Fence, JobId, NodeId
+from protos.plan import Layout, Plan
 from protos.states import Activity, AttemptState, Eligibility, JobState, NodeLink, Reason
 from protos.work import Outcome
 
@@ -242,23 +246,73 @@ def test_a_job_paused_while_it_is_identified_keeps_what_was_found() -> None:
 # ---- members
 
 
+class Parts(Bench):
+    """Of jobs whose ranks hold parts of the model."""
+
+    def plan_of(self, nodes: Sequence[NodeId], idle: tuple[NodeId, ...]) -> Plan:
+        stages = tuple((s, s + 1) for s in range(len(nodes)))
+        return replace(super().plan_of(nodes, idle), layout=Layout(stages, tuple("x" * (len(nodes) - 1))))
+
+
 def test_a_drained_node_hands_over_and_takes_no_more_work() -> None:
+    """`pause` is what uploads before the attempt ends; the other rank has the same state on its disk."""
     bench = Bench()
     bench.running("a", "b")
     bench.connect("c")
-    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == [("b", 1, "hold")]
-    bench.fail(1, held=4)
+    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == [("a", 1, "hold"), ("b", 1, "pause")]
+    assert (bench.job().state, bench.job().reason) == (JobState.RECOVERING, Reason.NODE_LEFT)
     bench.fail(0, held=4)
+    bench.wait(TIMING.hand_over_s - 1.0, heard=("a", "b", "c"))
+    assert [a.node_id for a in bench.job().working] == ["b"]  # nothing hurries its upload
+    bench.fail(1, held=4)
     bench.wait(2.0, heard=("a", "b", "c"))
     assert {a.node_id for a in bench.job().attempts} == {"a", "c"}
+
+
+def test_the_only_node_of_a_job_hands_over_when_it_is_drained() -> None:
+    bench = Bench(size=1)
+    bench.running("a")
+    assert stops(bench.do(e.NodeControlled(NodeId("a"), "drain"))) == [("a", 1, "pause")]
+
+
+def test_all_who_hold_parts_hand_over_with_a_drained_node() -> None:
+    bench = Parts()
+    bench.running("a", "b")
+    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == [("a", 1, "pause"), ("b", 1, "pause")]
+
+
+def test_all_who_hold_parts_hand_over_when_an_owner_wants_the_machine_back() -> None:
+    bench = Parts()
+    bench.running("a", "b")
+    bench.do(e.NodeHeard(NodeId("b"), Activity.BUSY, "works on j-1"))
+    told = [("a", 1, "pause"), ("b", 1, "pause")]
+    assert stops(bench.do(e.NodeHeard(NodeId("b"), Activity.PAUSED, "draining"))) == told
+    assert stops(bench.do(e.NodeHeard(NodeId("b"), Activity.PAUSED, "draining on its owner's word"))) == []
+
+
+def test_a_node_that_is_drained_while_its_group_is_held_still_hands_over() -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    bench.fail(0, held=4)
+    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == [("b", 1, "pause")]
+    bench.wait(TIMING.hold_s + 1.0, heard=("a", "b"))
+    assert [a.node_id for a in bench.job().working] == ["b"]
+
+
+@pytest.mark.parametrize("action", ["pause", "cancel"])
+def test_a_drain_takes_nothing_back_of_what_its_user_asked(action: str) -> None:
+    bench = Bench()
+    bench.running("a", "b")
+    bench.do(e.UserAsked(JOB, action))
+    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == []
 
 
 def test_a_drain_outlives_a_reconnection_until_it_is_taken_back() -> None:
     bench = Bench()
     bench.running("a", "b")
     bench.do(e.NodeDisconnected(NodeId("b")))
-    bench.do(e.NodeControlled(NodeId("b"), "drain"))
-    assert stops(bench.connect("b", leases=[("j-1", 1, 1)])) == [("b", 1, "hold")]
+    assert stops(bench.do(e.NodeControlled(NodeId("b"), "drain"))) == []  # it would hear nothing, and trains on
+    assert stops(bench.connect("b", leases=[("j-1", 1, 1)])) == [("a", 1, "hold"), ("b", 1, "pause")]
     assert bench.state.nodes[NodeId("b")].eligibility is Eligibility.DRAINING
     bench.do(e.NodeControlled(NodeId("b"), "uncordon"))
     assert bench.state.nodes[NodeId("b")].willing

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 from controller_bench import CAPACITY, Coordinator
+from test_planner import DATA, LARGER_THAN_A_NODE, decide, node
+from test_planner import job as spec_of
 
 from coordinator.blobs import BlobStore
+from coordinator.cli import render
 from coordinator.cluster import away, nobody
 from coordinator.control import events as e
 from coordinator.doctor import Doctor
@@ -28,6 +31,7 @@ from coordinator.placement import Placement
 from coordinator.records import Job
 from coordinator.sessions import Session, Sessions
 from coordinator.store.protocol import AppendEvent, PutJob
+from coordinator.submission import Submission
 from coordinator.token_book import TokenBook
 from protos import documents, limits
 from protos.artifact import FileEntry, Manifest
@@ -41,6 +45,7 @@ from protos.states import AttemptState, JobState, Reason
 from protos.token import Role
 from protos.work import Metrics, Outcome
 
+CUT = decide(*(node(name) for name in "abc"), profile=LARGER_THAN_A_NODE)
 SPEC = b'{"model": {"source": "transformers"}, "data": {"source": "builtin:digits"}}'
 
 
@@ -218,6 +223,51 @@ def test_two_hundred_nodes_fit_and_of_thousands_the_connected_come_first(tmp_pat
         await house.made.controller.post(e.NodeDisconnected(NodeId("n-0")))
         names = [node["name"] for node in read(await house.service.Nodes(jobs_pb2.NodesRequest(), ADA))["nodes"]]
         assert names[-1] == "n-0" and names[:-1] == sorted(names[:-1])
+
+    run(tmp_path, body)
+
+
+def test_who_cannot_be_in_one_group_is_shown_with_the_reason(tmp_path: Path) -> None:
+    async def body(house: House) -> None:
+        for number, port in enumerate((4000, 4001, None)):
+            capacity = replace(CAPACITY, machine_id=f"m{number}", peer_port=port)
+            house.service.sessions.add(Session(NodeId(f"n-{number}"), f"n-{number}", "s", capacity, "key"))
+            await house.made.connect(f"n-{number}")
+        house.service.sessions.unanswered[NodeId("n-0"), NodeId("n-1")] = 2
+        rows = read(await house.service.Nodes(jobs_pb2.NodesRequest(), ADA))["nodes"]
+        said = {row["name"]: [(each["node"], each["why"]) for each in row["apart"]] for row in rows}
+        deaf, silent = "n-2 does not listen for other nodes", "n-1 does not answer n-0"
+        assert said == {
+            "n-0": [("n-1", silent), ("n-2", deaf)],
+            "n-1": [("n-0", silent), ("n-2", deaf)],
+            "n-2": [("n-0", deaf), ("n-1", deaf)],
+        }
+        text = render.nodes(rows)
+        assert "4000, not with n-1, n-2" in text and "relayed" in text
+
+    run(tmp_path, body)
+
+
+def test_explain_shows_what_is_planned_beforehand_for_a_running_job(tmp_path: Path) -> None:
+    """As `hive plan` does: of the plan that runs, and of no other."""
+
+    async def body(house: House) -> None:
+        await house.made.connect("a", "b", "c")
+        job_id = JobId((await house.submit())["id"])
+        document = documents.encode(CUT)
+        found = Identification(LARGER_THAN_A_NODE, DATA, {}, {})
+        await house.made.controller.post(
+            e.Identified(job_id),
+            change=lambda record: replace(record, plan_json=document, profile_json=documents.encode(found)),
+        )
+        for name in "abc":
+            view = node(name)
+            house.service.sessions.add(Session(view.node_id, name, "s", view.capacity))
+        house.service.placement.know(job_id, Submission(spec_of(), None, None, None, None), found)
+        await house.service.placement.prepare(job_id, CUT, (NodeId("a"), NodeId("b"), NodeId("c")), 0.0)
+        shown = read(await house.service.Explain(jobs_pb2.JobRequest(job_id=job_id), ADA))
+        assert [each["strategy"] for each in shown["plan"]["spares"]][:3] == ["pipeline_parallel"] * 3
+        assert "if a is lost: pipeline_parallel on b, c" in render.plan(shown["plan"], None, shown["names"])
 
     run(tmp_path, body)
 

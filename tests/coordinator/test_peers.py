@@ -16,7 +16,16 @@ from coordinator.authority import Authority, open_authority
 from coordinator.cluster import cluster_view
 from coordinator.control.state import NodeStatus, State
 from coordinator.peers import PROBE_S, ROSTER_S, Peers, link_of, worth_asking_for
-from coordinator.probe_pairs import AGAIN_S, FIRST_RETRY_S, Attempted, Pair, Party, next_pairs, shared_networks
+from coordinator.probe_pairs import (
+    AGAIN_S,
+    FIRST_RETRY_S,
+    LONGEST_RETRY_S,
+    Attempted,
+    Pair,
+    Party,
+    next_pairs,
+    shared_networks,
+)
 from coordinator.sessions import Session, Sessions
 from protos import limits
 from protos import roster as rosters
@@ -186,6 +195,84 @@ def test_it_is_renewed_at_half_life_and_when_a_member_goes_or_comes_back(house: 
     again = house.join(B, lan(2))
     house.peers.keep_rosters()
     assert len(house.heard(again)) == 1
+
+
+def test_a_port_that_is_announced_later_is_on_the_roster_within_a_tick(house: House) -> None:
+    a, b = house.join(A, lan(1)), house.join(B, lan(2, port=None))
+    house.admit(1, A, B)
+    house.heard(a)
+    b.capacity = lan(2, port=4001)
+    house.peers.keep_rosters()
+    (roster,) = house.heard(a)
+    member = roster.member(B)
+    assert member is not None and [each.address for each in member.addresses] == ["127.0.0.1:4001", "10.0.0.2:4001"]
+    b.capacity = replace(b.capacity, rtt_s=0.5)
+    house.peers.keep_rosters()
+    assert house.heard(a) == [], "what is not on it does not renew it"
+
+
+def probe(house: House, found: pb.ProbeResult) -> None:
+    """The probe that is due, answered so by the one who is asked."""
+
+    async def body() -> None:
+        ((caller, called),) = house.peers.due()
+        under_way = asyncio.create_task(house.peers.probe(caller, called))
+        for _ in range(5):  # the question goes through a task
+            await asyncio.sleep(0)
+        (found.call_id,) = house.sessions[caller].probes
+        house.sessions.answer_probe(caller, found)
+        await under_way
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+    house.now_s += 2 * FIRST_RETRY_S
+
+
+SILENT = pb.ProbeResult(problem="n-b does not answer (10.0.0.2:4000)", unanswered=True)
+
+
+def test_a_pair_that_did_not_answer_twice_is_apart_until_it_does(house: House) -> None:
+    house.join(A, lan(1)), house.join(B, lan(2))
+    probe(house, SILENT)
+    assert cluster_view(house.sessions, (A, B)).apart == {}, "it may have been busy"
+    probe(house, SILENT)
+    assert cluster_view(house.sessions, (A, B)).apart == {(A, B): "n-b does not answer n-a"}
+    house.now_s += LONGEST_RETRY_S
+    probe(house, answer())
+    view = cluster_view(house.sessions, (A, B))
+    assert view.apart == {} and view.link(A, B) is not None
+
+
+def test_a_refused_probe_or_one_that_took_too_long_says_nothing_about_who_can_be_reached(house: House) -> None:
+    house.join(A, lan(1)), house.join(B, lan(2))
+    for _ in range(3):
+        probe(house, pb.ProbeResult(problem="a job runs here"))
+        house.now_s += LONGEST_RETRY_S
+    assert cluster_view(house.sessions, (A, B)).apart == {}
+
+
+def test_who_does_not_listen_is_apart_from_every_other_machine_and_who_leaves_is_forgotten(house: House) -> None:
+    house.join(A, lan(1, "one")), house.join(B, lan(2, "two"))
+    house.join(C, lan(3, "one", port=None))
+    assert cluster_view(house.sessions, (A, B, C)).apart == {(B, C): "n-c does not listen for other nodes"}
+    house.sessions.unanswered[A, B] = 2
+    house.sessions.remove(house.sessions[B])
+    house.peers.due()
+    assert house.sessions.unanswered == {} and cluster_view(house.sessions, (A, C)).apart == {}
+    old = house.join(B, lan(2, "two", port=None), key="")
+    assert not old.key_sha256 and (A, B) not in cluster_view(house.sessions, (A, B)).apart, "nothing is known of it"
+
+
+def test_whom_nobody_reaches_is_apart_also_from_those_it_reaches_itself(house: House) -> None:
+    """A firewall lets it call others: the probe that it makes works, a group with it would not."""
+    d = NodeId("n-d")
+    for number, node_id in enumerate((A, B, C, d), start=1):
+        house.join(node_id, lan(number))
+    house.sessions.unanswered |= {(A, C): 2, (B, C): 3}
+    house.sessions.links[C, d] = LinkEstimate(0.001, 1e8, "10.0.0.0/24")
+    view = cluster_view(house.sessions, (A, B, C, d))
+    assert set(view.apart) == {(A, C), (B, C), (C, d)} and view.link(C, d) is None
+    house.sessions.unanswered[d, C] = 0
+    assert set(cluster_view(house.sessions, (A, B, C, d)).apart) == {(A, C), (B, C)}, "somebody does reach it"
 
 
 def test_older_nodes_are_left_out_and_capped_or_deaf_ones_are_not_asked(house: House) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -57,7 +58,7 @@ def test_nobody_here_waits_and_a_node_that_comes_gets_the_job(tmp_path: Path) ->
     with pytest.raises(NoPlacement, match="nobody is here"):
         known = made.known(J)
         assert known is not None
-        made.plan_now(known.submission, known.found, ())
+        asyncio.run(made.plan_now(known.submission, known.found, ()))
 
 
 def test_too_few_nodes_waits_and_says_how_many_are_missing(tmp_path: Path) -> None:

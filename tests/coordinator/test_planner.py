@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from coordinator.planner import placeable_when_idle, plan, replan, spare_plans
+from coordinator.smallest_change import Trials
 from protos import documents
 from protos.capacity import Capacity, FamilyRate, TrustedNetwork
 from protos.errors import ErrorCode, NoPlacement
@@ -20,6 +21,8 @@ from qtable.policy import Ledger
 from qtable.prior import load_prior
 from qtable.state import StateKey
 from qtable.table import QTable
+from strategies.base import Inputs
+from strategies.links import trusted_groups
 
 GIB = 1024**3
 DATA = DataProfile("", 64_000, 10**6)
@@ -176,11 +179,37 @@ def test_an_interrupted_job_keeps_its_strategy_while_it_fits_and_shrinks_to_one_
     one = again("data_parallel", node("b"), strategy="data_parallel")
     assert (one.strategy, one.subtasks[0].node_id, one.subtasks[0].data_range) == ("single_node", "b", (0, 64))
     assert "data_parallel is over: needs 2 usable nodes, there is 1" in one.reason
-    assert again("single_node", node("a"), node("b")).strategy == "single_node"
+    assert again("single_node", node("a"), node("b"), strategy="single_node").strategy == "single_node"
+
+
+def test_a_job_on_one_node_becomes_data_parallel_where_its_file_allows_that() -> None:
+    """1 forced: as soon as there are two nodes 2 auto: when that is clearly quicker 3 any other word is obeyed."""
+    slow_links = model(50_000_000, 1e7)
+    two = ClusterView((node("a"), node("b")))
+
+    def goes_on(profile: ModelProfile, table: QTable | None = None, **parts: Any) -> Plan:
+        return replan(
+            "single_node", job(**parts), profile, DATA, two, table or load_prior().table(), holders=[NodeId("a")]
+        )
+
+    back = goes_on(slow_links, strategy="data_parallel")
+    assert (back.strategy, {subtask.node_id for subtask in back.subtasks}) == ("data_parallel", {"a", "b"})
+    assert back.reason.endswith("there are nodes for more than one rank")
+    assert goes_on(slow_links).strategy == "single_node"
+    heavy = model(10_000, 1e10)
+    assert goes_on(heavy).strategy == "data_parallel"
+    assert goes_on(heavy, strategy="single_node").strategy == "single_node"
+    assert goes_on(heavy, nodes={"max": 1}).strategy == "single_node"
+    table = load_prior().table()
+    for _ in range(5):  # what the table has learned of such jobs counts as it does for one that starts
+        table.learn(StateKey(*goes_on(heavy).state), "data_parallel", -1.5)
+    assert goes_on(heavy, table).strategy == "single_node"
 
 
 def test_an_interrupted_job_goes_on_where_its_newest_state_is() -> None:
-    assert again("single_node", node("fast", 50.0), node("slow"), holders=("slow",)).subtasks[0].node_id == "slow"
+    nodes = (node("fast", 50.0), node("slow"))
+    made = again("single_node", *nodes, holders=("slow",), strategy="single_node")
+    assert made.subtasks[0].node_id == "slow"
 
 
 def test_a_lower_bound_of_nodes_is_kept_when_nodes_are_lost() -> None:
@@ -272,6 +301,74 @@ def test_what_would_make_a_job_fit_is_tried_out_before_it_is_said() -> None:
         roomy = replace(roomy, capacity=replace(roomy.capacity, memory_bytes=int(memory * GIB)))
         cluster = ClusterView((roomy,))
         assert placeable_when_idle(job(), stack(8, 80_000_000), DATA, cluster) == fits
+
+
+UNLIKE = [
+    replace(each, capacity=replace(each.capacity, memory_bytes=int((1 + 0.37 * k) * GIB)))
+    for k, each in enumerate(node(f"n{k}", 5.0 + 3 * k) for k in range(8))
+]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "pipeline_parallel"])
+@pytest.mark.parametrize("blocks", [8, 24])
+def test_a_refusal_over_eight_unlike_nodes_does_not_hold_up_the_control_loop(strategy: str, blocks: int) -> None:
+    """The leases of all nodes live 5 s, and the loop plans in one of its turns."""
+    took = []
+    for _ in range(3):
+        started = time.process_time()
+        with pytest.raises(NoPlacement):
+            decide(*UNLIKE, profile=stack(blocks, 400_000_000), strategy=strategy)
+        took.append(time.process_time() - started)
+    assert min(took) < 0.5
+
+
+def test_the_changes_that_are_tried_are_counted_and_a_pipeline_is_asked_in_its_smallest_shape() -> None:
+    cluster = ClusterView((node("a"), node("b")))
+    trials = Trials(left=2)
+    inputs = Inputs(job(strategy="pipeline_parallel"), LARGER_THAN_A_NODE, DATA, cluster)
+    assert trials.fits(inputs) and trials.fits(inputs) and not trials.fits(inputs)
+    layers = tuple(replace(layer, activation_bytes_per_sample=5e8) for layer in stack(4, 60_000_000).layers)
+    profile = replace(stack(4, 60_000_000), layers=layers)
+    with pytest.raises(NoPlacement) as refused:
+        decide(node("a"), node("b"), profile=profile, strategy={"pipeline_parallel": {"microbatches": 2}})
+    assert "strategy: pipeline_parallel without options; or train.batch_size: 4" in refused.value.hint
+    assert decide(node("a"), node("b"), profile=profile, strategy="pipeline_parallel")
+    with pytest.raises(NoPlacement) as refused:
+        decide(node("a"), node("b"), profile=stack(4, 300_000_000), strategy="pipeline_parallel")
+    assert "train.optimizer: sgd, which keeps no state; or 9.6 GiB more memory on a" in refused.value.hint
+
+
+def test_nodes_that_cannot_connect_to_each_other_work_alone_and_the_plan_says_why() -> None:
+    deaf = "b does not listen for other nodes"
+    pair = {(NodeId("a"), NodeId("b")): deaf}
+    table, heavy = load_prior().table(), model(10_000, 1e10)
+
+    def planned(*names: str, apart: dict[tuple[NodeId, NodeId], str], **parts: Any) -> Plan:
+        cluster = ClusterView(tuple(node(name) for name in names), apart=apart)
+        return plan(job(**parts), heavy, DATA, cluster, table, random.Random(0), Ledger())
+
+    alone = planned("a", "b", apart=pair)
+    assert (alone.strategy, len(alone.subtasks)) == ("single_node", 1)
+    reasons = {candidate.strategy: candidate.reasons for candidate in alone.candidates}
+    for name in ("data_parallel", "pipeline_parallel", "model_parallel"):
+        assert reasons[name] == (f"no two of the 2 usable nodes can connect to each other: {deaf}",)
+    with pytest.raises(NoPlacement) as refused:
+        planned("a", "b", apart=pair, strategy="data_parallel")
+    assert deaf in refused.value.message and "--no-peer" in refused.value.hint
+    others = {**pair, (NodeId("b"), NodeId("c")): deaf}
+    together = planned("a", "b", "c", apart=others)
+    assert {subtask.node_id for subtask in together.subtasks} == {"a", "c"}
+    said = next(each for each in together.candidates if each.strategy == "data_parallel")
+    assert said.feasible and said.reasons == (f"without b: {deaf}",)
+
+
+def test_two_nodes_that_are_apart_are_never_in_one_group_and_each_joins_the_others() -> None:
+    nodes = tuple(node(name) for name in "abcd")
+    groups = trusted_groups(nodes, {(NodeId("a"), NodeId("b")): "x"})
+    assert sorted("".join(each.node_id for each in group.nodes) for group in groups) == ["acd", "bcd"]
+    islands = {(NodeId(x), NodeId(y)): "x" for x in "ab" for y in "cd"}
+    assert sorted("".join(n.node_id for n in group.nodes) for group in trusted_groups(nodes, islands)) == ["ab", "cd"]
+    assert [len(group.nodes) for group in trusted_groups(nodes)] == [4]
 
 
 def test_a_strategy_that_does_not_fit_is_answered_with_those_that_do() -> None:

@@ -5,31 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import Cluster, cluster, until
+from tests.e2e.cluster import Cluster, until
 
 JOB = Path(__file__).parent / "jobs" / "long.yaml"
-STEPS = 1500
+STEPS = 900  # the faults come at step 200
 ROWS = 1438  # of builtin:digits' training part
+LONG = f"train.steps={STEPS}"
 SAMPLES = (STEPS // 23) * ROWS + sum([64] * (STEPS % 23))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("faults"), calibration, nodes=2, cpus=1) as started:
-        yield started
-
-
 @pytest.fixture
-def made(shared: Cluster) -> Cluster:
-    shared.heal()
-    return shared
+def made(two_nodes: Cluster) -> Cluster:
+    two_nodes.heal()
+    return two_nodes
 
 
 def kill_coordinator_when(made: Cluster, job_id: str, states: set[str]) -> None:
@@ -54,7 +48,7 @@ def check_finished(made: Cluster, job_id: str) -> dict[str, object]:
 
 
 def test_a_killed_worker_costs_no_committed_step(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     os.kill(made.worker_pids("n1")[0], signal.SIGKILL)
     job = check_finished(made, job_id)
@@ -62,7 +56,7 @@ def test_a_killed_worker_costs_no_committed_step(made: Cluster) -> None:
 
 
 def test_a_killed_node_daemon_leaves_its_work_to_the_other(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     made.nodes["n1"].kill()
     job = check_finished(made, job_id)
@@ -70,13 +64,13 @@ def test_a_killed_node_daemon_leaves_its_work_to_the_other(made: Cluster) -> Non
 
 
 def test_a_coordinator_killed_while_the_group_forms(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     kill_coordinator_when(made, job_id, {"STARTING"})
     check_finished(made, job_id)
 
 
 def test_a_coordinator_killed_while_the_group_is_formed_again(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     os.kill(made.worker_pids("n1")[0], signal.SIGKILL)
     kill_coordinator_when(made, job_id, {"RECOVERING", "QUEUED", "STARTING"})
@@ -84,7 +78,7 @@ def test_a_coordinator_killed_while_the_group_is_formed_again(made: Cluster) -> 
 
 
 def test_a_coordinator_killed_when_the_result_arrives(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, STEPS // 2)  # what is reported lags behind by half a second
     assert made.coordinator is not None
     made.coordinator.kill()
@@ -96,7 +90,7 @@ def test_a_coordinator_killed_when_the_result_arrives(made: Cluster) -> None:
 
 
 def test_a_killed_coordinator_is_a_non_event(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     assert made.coordinator is not None
     made.coordinator.kill()
@@ -106,7 +100,7 @@ def test_a_killed_coordinator_is_a_non_event(made: Cluster) -> None:
 
 
 def test_a_frozen_node_is_left_behind_and_fenced_off_when_it_wakes(made: Cluster) -> None:
-    job_id = made.submit(JOB, "train.steps=1500")
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     frozen = made.nodes["n1"]
     workers = made.worker_pids("n1")
@@ -121,7 +115,7 @@ def test_a_frozen_node_is_left_behind_and_fenced_off_when_it_wakes(made: Cluster
 
 
 def test_node_and_coordinator_killed_together(made: Cluster) -> None:
-    job_id = made.submit(JOB)
+    job_id = made.submit(JOB, LONG)
     made.wait_step(job_id, 200)
     assert made.coordinator is not None
     made.coordinator.kill()
@@ -133,7 +127,7 @@ def test_node_and_coordinator_killed_together(made: Cluster) -> None:
 def test_a_job_that_only_a_paused_node_can_have_waits_for_it_also_over_a_restart(made: Cluster) -> None:
     made.hive_node("n1", "pause")
     until(lambda: {n["name"]: n["activity"] for n in made.show_nodes()}["n1"] == "PAUSED", "n1 is paused", 30)
-    job_id = made.submit(JOB, "strategy=single_node", "nodes.require.names=[n1]")
+    job_id = made.submit(JOB, LONG, "strategy=single_node", "nodes.require.names=[n1]")
     until(lambda: made.show(job_id)["reason"] == "waiting_for_nodes", f"{job_id} waits", 60)
     assert made.coordinator is not None
     made.coordinator.kill()

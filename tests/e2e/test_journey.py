@@ -79,7 +79,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_the_machines_are_listed_with_what_they_have(up: Cluster) -> None:
-    shown = up.show_nodes()
+    shown = up.ask("nodes")["nodes"]
     assert [node["name"] for node in shown] == NAMES
     for node in shown:
         assert (node["link"], node["eligibility"]) == ("CONNECTED", "OK")
@@ -119,7 +119,7 @@ def test_the_trained_job_is_shown(up: Cluster, job: dict[str, Any]) -> None:
     assert {"model.safetensors", "metrics.jsonl", "report.json"} == {each["name"] for each in job["artifacts"]}
     assert job["model"] == {"source": "model.py:mlp", "args": {"hidden": 128}}
     assert [each["name"] for each in job["code"]] == ["model.py"]
-    assert {**up.show(job["id"]), "seq": 0} == {**job, "seq": 0}
+    assert {**up.ask("show", job["id"])["job"], "seq": 0} == {**job, "seq": 0}
     assert job["id"] in up.hive("ps", "--all").stdout
     assert "accuracy" in up.hive("show", job["id"]).stdout
     assert up.hive("wait", job["id"]).returncode == 0

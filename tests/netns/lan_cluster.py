@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.e2e.cluster import CALIBRATION, Cluster, Process
 from tests.netns.machines import Lan, Machine
@@ -37,6 +38,14 @@ class LanCluster(Cluster):
         self.nodes[name] = node
         node.start()
         return node
+
+    def show_nodes(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("nodes")["nodes"]  # the test itself is not on the LAN
+        return found
+
+    def show(self, job_id: str) -> dict[str, Any]:
+        job: dict[str, Any] = self.ask("show", job_id)["job"]
+        return job
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], check: bool = True, deadline_s: float = 60.0

@@ -209,6 +209,55 @@ def test_a_daemon_that_ends_takes_the_worker_with_it_and_reports_nothing(bench: 
     run_async(body())
 
 
+def test_a_worker_hears_when_each_of_its_checkpoints_is_uploaded_or_will_not_be(
+    bench: MakeBench, tmp_path: Path
+) -> None:
+    """1. One is announced and travels. 2. One more is announced: it is let be. 3. The first arrives."""
+
+    async def body() -> None:
+        async with bench() as b:
+            daemon, task = Daemon(b.runner, tmp_path), make_task("asks_whether_it_uploads")
+            daemon.transfers.gate = asyncio.Event()
+            running = asyncio.create_task(daemon.attempt(task).run())
+            await daemon.is_ready.wait()  # both are announced
+            daemon.transfers.gate.set()
+            await running
+            assert daemon.outcome is not None and daemon.outcome.document == "True True False"
+            assert [checkpoint.step for checkpoint in daemon.checkpoints] == [5]
+
+    run_async(body())
+
+
+def test_a_broken_upload_is_settled_too(bench: MakeBench, tmp_path: Path) -> None:
+    async def body() -> None:
+        async with bench() as b:
+            daemon, task = Daemon(b.runner, tmp_path), make_task("waits_for_its_upload")
+            daemon.transfers.broken = Exhausted("the disk is full", "free some space")
+            await daemon.attempt(task).run()
+            assert daemon.outcome is not None and daemon.outcome.state is AttemptState.DONE
+            assert daemon.checkpoints == []
+
+    run_async(body())
+
+
+def test_who_pauses_hands_over_also_when_the_group_is_held_meanwhile(bench: MakeBench, tmp_path: Path) -> None:
+    """The other ranks lose this one, and the coordinator asks whoever still works to hold."""
+
+    async def body() -> None:
+        async with bench() as b:
+            daemon, task = Daemon(b.runner, tmp_path), make_task("holds_when_stopped")
+            daemon.transfers.gate = asyncio.Event()
+            attempt = daemon.attempt(task)
+            running = asyncio.create_task(attempt.run())
+            await daemon.transfers.waiting.wait()
+            await asyncio.gather(attempt.stop(StopMode.PAUSE), attempt.stop(StopMode.HOLD))
+            daemon.transfers.gate = None
+            await running
+            assert [checkpoint.step for checkpoint in daemon.checkpoints] == [5]
+
+    run_async(body())
+
+
 def test_the_newest_checkpoint_is_handed_over_when_this_node_pauses(bench: MakeBench, tmp_path: Path) -> None:
     """The periodic upload of the same folder may be under way: it gives way."""
 

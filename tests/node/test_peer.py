@@ -25,6 +25,7 @@ from node.cache import BlobCache
 from node.peer import MAX_ECHO_BYTES, MAX_PROBE_BYTES, MAX_STREAMS, PeerListeners, PeerService
 from node.peer_client import PeerClient, PeerSource, channel, connected, metadata, reachable
 from node.peer_files import PeerFiles
+from node.peering import Peering
 from node.probe_peers import ECHOES, FIRST_BYTES, measure, next_size
 from node.roster_book import RosterBook
 from node.transfers import Transfers, UploadLimit
@@ -35,7 +36,7 @@ from protos.artifact import digest_bytes
 from protos.capacity import Capacity, TrustedNetwork
 from protos.credentials import Credential
 from protos.errors import ErrorCode, HiveError
-from protos.gen import artifacts_pb2, artifacts_pb2_grpc, peer_pb2_grpc
+from protos.gen import artifacts_pb2, artifacts_pb2_grpc, membership_pb2, peer_pb2_grpc
 from protos.gen import peer_pb2 as pb
 from protos.ids import Digest, Fence, NodeId
 from protos.roster import Action, Member, PeerAddress, Reference, Roster
@@ -208,6 +209,25 @@ def test_who_answers_is_known_by_its_node_id_not_by_its_address(tmp_path: Path) 
             async with connected(b.credential, made.credential("c").id, a.addresses):
                 pass
         assert wrong.value.code is ErrorCode.UNREACHABLE
+
+    run(tmp_path, body)
+
+
+def test_a_probe_says_apart_that_nobody_answered_from_that_it_was_refused(tmp_path: Path) -> None:
+    async def body(made: House) -> None:
+        a, b, _ = await made.pair()
+
+        async def held() -> Credential:
+            return b.credential
+
+        peering = Peering(True, b.listeners, b.service, b.client, held, lambda: CAPACITY, lambda port: None, None)
+        made.give(made.roster([a.member(), b.member(Action.FETCH)], fence=4), a, b)
+        order = membership_pb2.ProbeOrder(call_id=1, subject=JOB, peer_id=a.id)
+        refused = await peering.answer(order)
+        assert refused.problem and not refused.unanswered
+        await a.listeners.close()
+        silent = await peering.answer(order)
+        assert silent.unanswered and "does not answer" in silent.problem
 
     run(tmp_path, body)
 

@@ -189,3 +189,29 @@ def holds_when_stopped(context: TaskContext) -> Outcome:
     context.channel.checkpoint(folder, 5, 160)
     stopped.wait()
     return Outcome(AttemptState.FAILED, step=5, samples=160, held_step=5)
+
+
+def _checkpoint(context: TaskContext, step: int) -> None:
+    folder = context.workspace.checkpoint_dir / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    context.channel.checkpoint(folder, step, 32 * step)
+
+
+def waits_for_its_upload(context: TaskContext) -> Outcome:
+    _checkpoint(context, 5)
+    while context.channel.uploading():
+        time.sleep(0.001)
+    return _done()
+
+
+def asks_whether_it_uploads(context: TaskContext) -> Outcome:
+    """What it is told after a first checkpoint, after a second one that is let be, and at last."""
+    _checkpoint(context, 5)
+    said = [context.channel.uploading()]
+    _checkpoint(context, 6)
+    said.append(context.channel.uploading())
+    context.channel.ready()
+    while context.channel.uploading():
+        time.sleep(0.001)
+    said.append(context.channel.uploading())
+    return _done(" ".join(map(str, said)))

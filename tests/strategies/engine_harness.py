@@ -194,6 +194,7 @@ class Rank:
         upload: float | None = None,
         memory_bytes: int | None = None,
         upload_s: float = 0.0,
+        harness: str = "engine_harness",
     ) -> None:
         self.folder = job.folder / f"{node}-run-{attempt}"
         self._node_folder = job.folder / node
@@ -214,7 +215,7 @@ class Rank:
         (self.folder / "stderr").touch()
         from warm_ranks import WarmProcess  # it lies beside this file
 
-        self.process = WarmProcess(self.folder / "config.json")
+        self.process = WarmProcess(self.folder / "config.json", harness)
 
     def records(self) -> list[dict[str, Any]]:
         if not self.log.exists():

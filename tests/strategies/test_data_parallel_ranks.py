@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from engine_harness import Job, Rank, metrics_of
-from engine_jobs import MLP, gpt_job, mlp_job, plain_torch
+from engine_jobs import MLP, mlp_job, plain_torch
 
 from protos.errors import Blame
 from protos.states import AttemptState, Reason
@@ -87,14 +87,6 @@ def test_uneven_slices_equal_one_process_over_fifty_steps(tmp_path: Path, cluste
     alone, _ = job.run_here()
     assert outcomes[0].metrics["test_loss"] == pytest.approx(alone.metrics["test_loss"], abs=1e-4)
     assert metrics_of(cluster.ranks[1].records()) == []  # one rank tells the curve
-
-
-@pytest.mark.slow
-def test_a_gpt_counts_tokens_not_rows(tmp_path: Path, cluster: Cluster) -> None:
-    job = gpt_job(tmp_path, steps=50)
-    outcomes = cluster.run(job, (17, 7), accumulate=(3, 2))
-    assert [outcome.state for outcome in outcomes] == [AttemptState.DONE] * 2, outcomes
-    assert_equal_to_plain_torch(job, curve(cluster.ranks[0]), weights(job))
 
 
 @pytest.mark.slow

@@ -14,15 +14,10 @@ import torch
 import torch.distributed as dist
 from engine_harness import Job, Rank, metrics_of
 from engine_jobs import GPT, gpt_job, mlp_job, plain_torch
-from torch.nn import functional
 
 from protos.plan import Layout, Schedule
 from protos.states import AttemptState, Reason
 from protos.work import Outcome
-from strategies.data.dataset import epoch_order
-from strategies.data.opening import open_splits
-from strategies.model_torch import build
-from strategies.sample_order import slice_of
 
 SLOW_GPT = (
     GPT.replace("    def forward(self, tokens):", "    def forward(self, tokens):\n        wait(tokens)")
@@ -115,65 +110,6 @@ def assert_equal_to_plain_torch(job: Job, fence: int = 1) -> None:
     trained = weights(job, fence)
     for name, tensor in expected.items():
         assert torch.allclose(trained[name], tensor, atol=1e-4), name
-
-
-@pytest.mark.slow
-def test_two_stages_of_a_gpt_with_tied_weights_equal_one_process(tmp_path: Path, pipeline: Pipeline) -> None:
-    """The last batch of each epoch is smaller than the rest, and targets are ignored in unequal numbers."""
-    job = gpt_job(tmp_path, steps=12)
-    outcomes = pipeline.run(job, ("blocks.0.mlp.2",), (24,), 4)
-    assert [outcome.state for outcome in outcomes] == [AttemptState.DONE] * 2, outcomes
-    assert_equal_to_plain_torch(job)
-    usages = [outcome.usage for outcome in outcomes]
-    assert all(usage is not None and usage.bytes_sent > 0 and usage.samples == outcomes[0].samples for usage in usages)
-    held = [set(usage.holds) for usage in usages if usage is not None]
-    assert "blocks.0.norm1" in held[0] - held[1] and "blocks.1.norm1" in held[1] - held[0]
-
-
-def norms_by_hand(job: Job, samples: tuple[int, ...], micro: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Plain torch with the statistics of a pipeline: each micro-batch is normalised by itself, one after the other on
-    each replica, and after a step the replicas' running statistics are averaged by their rows."""
-    train, losses = job.spec.train, []
-    torch.manual_seed(train.seed)
-    model = build(job.spec.model, job.folder / "code", None, train.seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=train.optimizer.lr)
-    data = open_splits(job.spec.data, job.data, job.folder / "code", test_path=job.test, loss=train.loss).train
-    per_epoch = -(-data.rows // train.batch_size)
-    for step in range(train.steps or 0):
-        epoch, position = divmod(step, per_epoch)
-        rows = epoch_order(data, train.seed, epoch, train.shuffle).batch(position, train.batch_size)
-        before = {name: value.clone() for name, value in model.named_buffers()}
-        after = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in before.items()}
-        optimizer.zero_grad()
-        total = 0.0
-        for replica, size in enumerate(samples):
-            start, stop = slice_of(len(rows), samples, replica)
-            model.load_state_dict(before, strict=False)
-            for first in range(start, stop, -(-size // micro)):
-                batch = data.batch(rows[first : min(first + -(-size // micro), stop)])
-                output, target = model(torch.from_numpy(batch.features)), torch.from_numpy(batch.target)
-                loss = functional.cross_entropy(output, target, reduction="sum") / len(rows)
-                loss.backward()
-                total += loss.item()
-            for name, value in model.named_buffers():
-                after[name] += value * (stop - start) / len(rows)
-        model.load_state_dict({name: value.to(before[name].dtype) for name, value in after.items()}, strict=False)
-        optimizer.step()
-        losses.append(total)
-    return losses, model.state_dict()
-
-
-@pytest.mark.slow
-def test_norms_follow_the_micro_batches_and_the_replicas(tmp_path: Path, pipeline: Pipeline) -> None:
-    sgd = {"name": "sgd", "lr": 0.1}  # a bias before a norm has no gradient but rounding, which AdamW would magnify
-    job = mlp_job(tmp_path, steps=15, norm=True, clip_norm=None, schedule={"name": "constant"}, optimizer=sgd)
-    outcomes = pipeline.run(job, ("norm",), (20, 12), 2)
-    assert [outcome.state for outcome in outcomes] == [AttemptState.DONE] * 4, outcomes
-    losses, expected = norms_by_hand(job, (20, 12), 2)
-    assert curve(job) == pytest.approx(losses, abs=1e-4)
-    trained = weights(job)
-    for name in ("norm.running_mean", "norm.running_var", "second.weight"):
-        assert torch.allclose(trained[name], expected[name], atol=1e-4), name
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_jobs import mlp_job
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from strategies.batches_torch import BatchSource, MicroBatch, Slicing, bounds_of, cut
@@ -64,6 +64,7 @@ def test_reading_ahead_changes_nothing_but_who_reads(tmp_path: Path) -> None:
     assert not readers[0].is_alive()
 
 
+@settings(max_examples=30)  # each reads a hundred batches
 @given(
     batch=some.integers(1, 70),
     samples=some.sampled_from([(1,), (3, 1), (0, 1), (1, 40)]),

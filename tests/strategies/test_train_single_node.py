@@ -13,6 +13,7 @@ from engine_jobs import MLP, gpt_job, mlp_job, plain_torch
 from torch.nn import functional
 
 from protos.states import AttemptState, Reason
+from strategies import memory_use_torch
 from strategies.loss_torch import Loss
 from strategies.model_torch import build
 
@@ -47,6 +48,15 @@ def test_a_small_gpt_with_tied_embeddings_equals_plain_torch_and_its_result_load
     assert set(trained) == set(expected)  # the tied name is there too
     for name, tensor in expected.items():
         assert torch.allclose(trained[name], tensor, atol=1e-4), name
+
+
+def test_what_the_code_of_a_model_imports_is_part_of_the_baseline_of_its_memory(tmp_path: Path) -> None:
+    code = MLP.replace("import torch\n", "import torch\n\nLIBRARY = torch.ones(25_000_000)\n", 1)
+    job = mlp_job(tmp_path, steps=2, code={"model.py": code})
+    before = memory_use_torch.now_bytes(torch.device("cpu"))
+    outcome, _ = job.run_here()
+    assert outcome.usage is not None
+    assert outcome.usage.baseline_memory_bytes - before > 90_000_000
 
 
 def test_samples_epochs_evaluation_and_progress_are_counted(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_one_capped_rank_of_two_holds_its_rate_over_the_whole_run(tmp_path: Path
 def test_a_capped_stage_of_a_pipeline_holds_its_rate(tmp_path: Path, ends: ExitStack) -> None:
     """The library that runs the schedule sends by itself: the kernel paces its connections."""
     rate = 20_000.0
-    job = mlp_job(tmp_path, steps=60)
+    job = mlp_job(tmp_path, steps=36)
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     layout = Layout(((0, 1), (1, 2)), ("first",))
     ranks = []
