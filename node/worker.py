@@ -76,6 +76,11 @@ class WorkerChannel:
         self._send(Frame({"kind": "outcome"}, documents.encode(outcome)))
         self._over.wait(_MARGIN_S)
 
+    def leave(self, outcome: Outcome) -> None:
+        _flush()
+        self.outcome(outcome)
+        os._exit(0)
+
     def stop_requested(self) -> StopMode | None:
         return self._stop
 
@@ -260,8 +265,12 @@ def main(connection: socket.socket, entry: Callable[[TaskContext], Outcome]) -> 
     except BaseException as error:
         traceback.print_exc()
         outcome = failure(error)
+    _flush()
+    link.outcome(outcome)
+    return 0
+
+
+def _flush() -> None:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
-    link.outcome(outcome)
-    return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from protos.states import StopMode
-from protos.work import Progress, Task
+from protos.work import Outcome, Progress, Task
 
 
 class KeyValueStore(Protocol):
@@ -51,6 +51,9 @@ class Channel(Protocol):
 
     def artifact(self, name: str, path: Path) -> None:
         """A result file, finished and fsynced: the node uploads it before it reports DONE."""
+
+    def leave(self, outcome: Outcome) -> None:
+        """The task's outcome, from another thread than its own, which cannot come back: ends this process."""
 
     def stop_requested(self) -> StopMode | None:
         """Cheap enough for every step."""

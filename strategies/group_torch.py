@@ -47,13 +47,11 @@ class Pending:
     tensor: torch.Tensor
 
     def wait(self) -> None:
-        started = time.perf_counter()
         try:
-            self.work.wait()
+            with self.group.waiting():
+                self.work.wait()
         except RuntimeError as error:
             raise self.group.lost(error, self.work, self.tensor) from error
-        finally:
-            self.group.sync_s += time.perf_counter() - started
 
 
 @dataclass(slots=True)
@@ -66,6 +64,7 @@ class Group:
     backend: Any = None
     bytes_sent: int = 0
     sync_s: float = 0.0
+    waits_since: float | None = None  # in a wait for other ranks since then, on the clock of time.perf_counter
     broken: threading.Event = field(default_factory=threading.Event)
     upload: TokenBucket | None = None
     pace_bytes_per_s: float | None = None  # of each connection, where a library and not this class sends
@@ -124,12 +123,20 @@ class Group:
         """A blocking call of torch.distributed over this group or a subgroup, counted and capped like the others here.
         Raises PeerLost."""
         self._sends(sends_bytes)
-        started = time.perf_counter()
         try:
-            call()
+            with self.waiting():
+                call()
         except RuntimeError as error:
             raise self.lost(error, call) from error
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for other ranks."""
+        started = self.waits_since = time.perf_counter()
+        try:
+            yield
         finally:
+            self.waits_since = None
             self.sync_s += time.perf_counter() - started
 
     def barrier(self) -> None:

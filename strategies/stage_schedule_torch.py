@@ -97,11 +97,13 @@ class StageRunner:
             aim = target[start:stop] if target is not None and self.is_last else None
             run = schedule.step if training else schedule.eval
             started, self._computed_s = time.perf_counter(), 0.0
+            self._group.waits_since = started
             try:
                 run(*given, target=aim, losses=[] if self.is_last else None, return_outputs=False)
             except Exception as error:
                 raise self._cause(error) from error
             finally:  # all else that a schedule does is to wait for its neighbours
+                self._group.waits_since = None
                 self._group.sync_s += max(0.0, time.perf_counter() - started - self._computed_s)
 
     def _schedule(self, rows: int, count: int, training: bool) -> Any:
@@ -132,11 +134,12 @@ class StageRunner:
 
     def _timed(self, call: Callable[..., T]) -> Callable[..., T]:
         def timed(*args: Any, **kwargs: Any) -> T:
-            started = time.perf_counter()
+            started, self._group.waits_since = time.perf_counter(), None
             try:
                 return call(*args, **kwargs)
             finally:
-                self._computed_s += time.perf_counter() - started
+                ended = self._group.waits_since = time.perf_counter()
+                self._computed_s += ended - started
 
         return timed
 

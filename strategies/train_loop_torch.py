@@ -40,6 +40,7 @@ from strategies.reporter_torch import Reporter, Totals
 from strategies.sample_order import steps as steps_per
 from strategies.state_sync_torch import agree_on_data, check_identified, synchronise
 from strategies.step_record import StepRecord
+from strategies.stuck_wait import LastWord
 from strategies.whole_model_torch import WholeModel
 
 COPY_SHARE = 0.9  # of the granted memory, that a copy of the state may fill
@@ -98,15 +99,23 @@ def train(context: TaskContext) -> Outcome:
         run = prepare(context, group)
     except (PeerLost, Stopped) as error:
         return held_before(context, _really(error, context, stopping))
-    started = time.perf_counter()
+    started, last_word = time.perf_counter(), LastWord(group)
+
+    def held(error: PeerLost | Stopped) -> Outcome:
+        return hold(run, error, usage(run, started, started - began))
+
+    context.channel.on_stop(lambda mode: last_word.say_if_stuck(lambda: held(Stopped(mode)), context.channel.leave))
     try:
         loop(run)
         run.group.set_deadline(run.patience_s)  # files are all that is left to wait for
         run.group.close()
+        last_word.over()
         return finish(run, usage(run, started, started - began))
     except (PeerLost, Stopped) as error:
-        return hold(run, _really(error, context, stopping), usage(run, started, started - began))
+        really = _really(error, context, stopping)
+        return last_word.say(lambda: held(really))
     finally:
+        last_word.over()
         run.writer.close()
 
 

@@ -83,6 +83,7 @@ class RecordingChannel:
         self._mode: StopMode | None = None
         self._callbacks: list[Callable[[StopMode], None]] = []
         self._stop_at_step = stop_at_step
+        self.leave: Callable[[Outcome], None] = lambda outcome: self.record("left")  # a process of its own ends
 
     def record(self, kind: str, **values: Any) -> None:
         entry = {"kind": kind, **values}
@@ -117,8 +118,11 @@ class RecordingChannel:
     def stop(self, mode: StopMode) -> None:
         if self._mode is None:
             self._mode = mode
-            for callback in self._callbacks:
-                callback(mode)
+            threading.Thread(target=self._call, args=(mode,), daemon=True).start()
+
+    def _call(self, mode: StopMode) -> None:
+        for callback in self._callbacks:
+            callback(mode)
 
     def metrics(self, stage: str = "train") -> list[dict[str, Any]]:
         return metrics_of(self.records, stage)
@@ -261,6 +265,13 @@ def run_rank(path: Path) -> None:
     folder = Path(config["folder"])
     channel = RecordingChannel(TestStore(config["port"]), folder / "progress.jsonl", upload_s=config["upload_s"])
 
+    def leave(outcome: Outcome) -> None:
+        (folder / "outcome.json").write_bytes(documents.encode(outcome))
+        sys.stdout.flush()
+        os._exit(0)
+
+    channel.leave = leave
+
     def listen() -> None:
         for line in sys.stdin:
             channel.stop(StopMode(line.strip()))
@@ -269,10 +280,7 @@ def run_rank(path: Path) -> None:
     workspace = Workspace(**{name: Path(value) if value else None for name, value in config["workspace"].items()})
     task = documents.decode(Task, json.dumps(config["task"]))
     limits = config["memory_bytes"], config["upload"]
-    outcome = run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], *limits))
-    (folder / "outcome.json").write_bytes(documents.encode(outcome))
-    sys.stdout.flush()
-    os._exit(0)
+    leave(run(TaskContext(task, workspace, channel, "lo", 1, "cpu", config["node"], *limits)))
 
 
 if __name__ == "__main__":

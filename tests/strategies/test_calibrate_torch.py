@@ -17,7 +17,7 @@ from protos.capacity import Calibration
 from protos.ids import Fence, JobId
 from protos.jobspec import parse
 from protos.states import AttemptState, StopMode
-from protos.work import Progress, Task, TaskKind
+from protos.work import Outcome, Progress, Task, TaskKind
 from strategies import calibrate_torch, profile_layers_torch
 from strategies.context import Channel, KeyValueStore, TaskContext, Workspace
 
@@ -35,6 +35,9 @@ class Channelled:
     def checkpoint(self, folder: Path, step: int, samples: int) -> None: ...
     def uploading(self) -> bool:
         return False
+
+    def leave(self, outcome: Outcome) -> None:
+        raise AssertionError("there are no others to wait for")
 
     def artifact(self, name: str, path: Path) -> None: ...
 

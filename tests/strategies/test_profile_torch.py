@@ -44,6 +44,9 @@ class QuietChannel:
     def uploading(self) -> bool:
         return False
 
+    def leave(self, outcome: Outcome) -> None:
+        raise AssertionError("there are no others to wait for")
+
     def artifact(self, name: str, path: Path) -> None:
         self.said.append(name)
 
