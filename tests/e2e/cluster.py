@@ -5,7 +5,6 @@ Waits are on events (log lines, CLI answers) with deadlines. `close` ends every 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -14,13 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from coordinator import connect
-from coordinator.client import Client
 
 CALIBRATION = Path("node") / "calibration"
 DEADLINE_S = 60.0
@@ -217,22 +213,12 @@ class Cluster:
         )
         return answer
 
-    def asked(self, question: Callable[[Client], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """What `hive` is told, without a process: a waiting test asks often, and leaves the cores to the cluster."""
-
-        async def whole() -> dict[str, Any]:
-            config = connect.load(environment=self.environment(self.home))
-            async with await connect.connect(config) as client:
-                return await question(client)
-
-        return asyncio.run(whole())
-
     def show_nodes(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.asked(lambda client: client.nodes())["nodes"]
+        found: list[dict[str, Any]] = self.ask("nodes")["nodes"]
         return found
 
     def jobs(self, everything: bool = False) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.asked(lambda client: client.list_jobs(everything))["jobs"]
+        found: list[dict[str, Any]] = self.ask("ps", *(["--all"] if everything else []))["jobs"]
         return found
 
     def submit(self, job: Path, *sets: str) -> str:
@@ -240,7 +226,7 @@ class Cluster:
         return str(self.ask("submit", str(job), *flags)["job"]["id"])
 
     def show(self, job_id: str) -> dict[str, Any]:
-        job: dict[str, Any] = self.asked(lambda client: client.show(job_id))["job"]
+        job: dict[str, Any] = self.ask("show", job_id)["job"]
         return job
 
     def wait_step(self, job_id: str, step: int, deadline_s: float = DEADLINE_S) -> dict[str, Any]:

@@ -171,8 +171,11 @@ def test_events_tell_the_story_and_go_on_where_one_stopped(up: Cluster, job: dic
     while not (seen and seen[-1]["kind"] == "job" and seen[-1]["payload"]["state"] == "SUCCEEDED"):
         seen.append(json.loads(watching.stdout.readline()))
     watching.send_signal(signal.SIGINT)
-    rest, said = watching.communicate(timeout=30)  # what else happened until the signal arrived
-    seen += [json.loads(line) for line in rest.splitlines()]
+    # what else happened until the signal arrived; communicate would not see what readline has read ahead
+    seen += [json.loads(line) for line in watching.stdout]
+    assert watching.stderr is not None
+    said = watching.stderr.read()
+    watching.wait(30)
     assert watching.returncode == 130 and f"hive events -w --after {seen[-1]['seq']}" in said
     assert [each["seq"] for each in seen] == list(range(last + 1, seen[-1]["seq"] + 1))
     assert seen[0]["job_id"] == made

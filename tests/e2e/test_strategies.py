@@ -193,7 +193,12 @@ def test_a_model_that_no_node_can_hold_is_trained_by_several(made: Cluster, stra
         assert 0 < peak < MEMORY_BYTES, f"{node}: {peak}"
 
 
-UNEVEN = ("train.steps=30", "train.batch_size=256", "model.args={width: 384, depth: 6}")
+UNEVEN = (  # plain SGD: Adam makes whole steps of rounding noise
+    "train.steps=30",
+    "train.batch_size=256",
+    "model.args={width: 384, depth: 6}",
+    "train.optimizer={name: sgd, lr: 0.05}",
+)
 
 
 @pytest.mark.parametrize("strategy", ["data_parallel", PIPELINE, SHARDED])
