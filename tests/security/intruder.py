@@ -60,6 +60,25 @@ def hello(name: str, spool_id: str, leases: tuple[HeldLease, ...] = ()) -> pb.No
     )
 
 
+async def _greeted(stubs: Any, first: pb.NodeMessage) -> tuple[Any, Any]:
+    """The stream and what it was answered. A refusal that comes before the first message is on its way is lost in the
+    library, which then says INTERNAL: asked again."""
+    for tries_left in reversed(range(10)):
+        stream = stubs.membership.Attach()
+        try:
+            await stream.write(first)
+            answer = await asyncio.wait_for(stream.read(), ANSWER_S)
+            if answer is grpc.aio.EOF:  # type: ignore[attr-defined]
+                await stream  # raises what ended it
+        except grpc.aio.AioRpcError as error:
+            stream.cancel()
+            if not tries_left or error.details() != "Internal error from Core":
+                raise
+        else:
+            return stream, answer
+    raise AssertionError("not reached")
+
+
 class Intruder:
     """One open session stream. `ended` tells how it was refused."""
 
@@ -72,12 +91,8 @@ class Intruder:
     @contextlib.asynccontextmanager
     async def attached(cls, address: str, credential: Credential, first: pb.NodeMessage) -> AsyncIterator[Intruder]:
         async with calling(address, credential) as stubs:
-            stream = stubs.membership.Attach()
+            stream, answer = await _greeted(stubs, first)
             try:
-                await stream.write(first)
-                answer = await asyncio.wait_for(stream.read(), ANSWER_S)
-                if answer is grpc.aio.EOF:  # type: ignore[attr-defined]
-                    await stream  # raises what ended it
                 yield cls(stream, address, answer.welcome)
             finally:
                 stream.cancel()
