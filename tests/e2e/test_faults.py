@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import connect
 from tests.e2e.cluster import Cluster, until
 
 JOB = Path(__file__).parent / "jobs" / "long.yaml"
@@ -27,8 +29,16 @@ def made(two_nodes: Cluster) -> Cluster:
 
 
 def kill_coordinator_when(made: Cluster, job_id: str, states: set[str]) -> None:
-    """kill -9 as soon as the job is seen in one of these states, then start it again."""
-    until(lambda: made.show(job_id)["state"] in states, f"{job_id} in {states}", 60)
+    """kill -9 as soon as the job is seen in one of these states, which last a moment: asked again and again over one
+    connection. Then start it again."""
+
+    async def reached() -> None:
+        async with asyncio.timeout(60), await connect.connect(connect.load(environment=environment)) as client:
+            while (await client.show(job_id))["job"]["state"] not in states:
+                pass
+
+    environment = made.environment(made.home)
+    asyncio.run(reached())
     assert made.coordinator is not None
     made.coordinator.kill()
     made.start_coordinator()
