@@ -234,7 +234,10 @@ class Group:
     def patient(self, seconds: float) -> Iterator[None]:
         """Collectives that start inside have at least so long: others come to them from work of their own."""
         before = self.deadline_s
-        self.set_deadline(max(before, seconds))
+        if seconds <= before:
+            yield
+            return
+        self.set_deadline(seconds)
         try:
             yield
         finally:

@@ -35,8 +35,10 @@ class LastWord:
             return outcome()
 
     def over(self) -> None:
-        """For the rank's own thread: it needs nobody to speak for it."""
-        self._back.set()
+        """For the rank's own thread: it needs nobody to speak for it. Does not return when the other is about to end
+        this process."""
+        with self._said:
+            self._back.set()
 
     def say_if_stuck(self, outcome: Callable[[], Outcome], leave: Callable[[Outcome], None]) -> None:
         """For the thread that has just broken the group: returns when the rank's own has come back. `leave` does not

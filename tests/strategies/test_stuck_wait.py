@@ -40,16 +40,18 @@ class Stopping:
         threading.Event().wait()  # the process would be over
 
 
-def test_of_a_rank_that_does_not_come_back_the_other_thread_speaks_and_the_rank_never_does() -> None:
+@pytest.mark.parametrize("end", ["it failed", "it finished"])
+def test_of_a_rank_that_does_not_come_back_the_other_thread_speaks_and_the_rank_never_does(end: str) -> None:
     word = LastWord(Waits(17.0))
     stopping = Stopping(word)
     assert stopping.gone.wait(10)
     assert stopping.left == [OTHERS]
-    said: list[Outcome] = []
-    late = threading.Thread(target=lambda: said.append(word.say(lambda: OWN)), daemon=True)
-    late.start()
-    late.join(0.2)
-    assert late.is_alive() and not said
+    said: list[object] = []
+    late = {"it failed": lambda: said.append(word.say(lambda: OWN)), "it finished": lambda: said.append(word.over())}
+    thread = threading.Thread(target=late[end], daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not said
 
 
 def test_a_rank_that_comes_back_speaks_for_itself() -> None:
