@@ -13,7 +13,8 @@ from protos.model import Complexity, Family, LayerProfile, ModelProfile, Require
 from strategies.base import Inputs, PlacedEstimate
 from strategies.blocks import blocks_of, gathered_parameters
 from strategies.memory import recomputed_sample_bytes, sample_bytes, shard_reserve_bytes
-from strategies.model_parallel import GATHERED_BYTES, ModelParallel
+from strategies.model_parallel import ModelParallel
+from strategies.shard_estimate import GATHERED_BYTES
 from strategies.single_node import SingleNode
 
 M = ModelParallel()

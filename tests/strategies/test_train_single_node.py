@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from engine_harness import Rank
 from engine_jobs import MLP, gpt_job, mlp_job, plain_torch
 from torch.nn import functional
 
 from protos.states import AttemptState, Reason
-from strategies import memory_use_torch
 from strategies.loss_torch import Loss
 from strategies.model_torch import build
 
@@ -51,12 +52,21 @@ def test_a_small_gpt_with_tied_embeddings_equals_plain_torch_and_its_result_load
 
 
 def test_what_the_code_of_a_model_imports_is_part_of_the_baseline_of_its_memory(tmp_path: Path) -> None:
+    """In processes of their own: what this one has freed would hide what is new."""
     code = MLP.replace("import torch\n", "import torch\n\nLIBRARY = torch.ones(25_000_000)\n", 1)
-    job = mlp_job(tmp_path, steps=2, code={"model.py": code})
-    before = memory_use_torch.now_bytes(torch.device("cpu"))
-    outcome, _ = job.run_here()
-    assert outcome.usage is not None
-    assert outcome.usage.baseline_memory_bytes - before > 90_000_000
+    jobs = (
+        mlp_job(tmp_path / "with", steps=2, code={"model.py": code}),
+        mlp_job(tmp_path / "without", steps=2),
+    )
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    ranks = [Rank(job, store.port, "one", job.task()) for job in jobs]
+    try:
+        with_library, without = (rank.outcome() for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.end()
+    assert with_library.usage is not None and without.usage is not None
+    assert with_library.usage.baseline_memory_bytes - without.usage.baseline_memory_bytes > 90_000_000
 
 
 def test_samples_epochs_evaluation_and_progress_are_counted(tmp_path: Path) -> None:
