@@ -17,10 +17,11 @@ demo: $(VENV)/.installed
 	$(BIN)/hive demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not alone"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

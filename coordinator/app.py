@@ -19,7 +19,7 @@ import psutil
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from coordinator import listeners
+from coordinator import listeners, qtable_events
 from coordinator.artifacts import ArtifactsService
 from coordinator.authority import Authority, open_authority
 from coordinator.beacon import Beacon
@@ -41,7 +41,10 @@ from coordinator.learning import Learner
 from coordinator.membership import MembershipService
 from coordinator.peers import Peers
 from coordinator.placement import Placement
+from coordinator.qtable_service import QTableService
+from coordinator.reliability import Reliability
 from coordinator.rendezvous import Rendezvous
+from coordinator.reviewing import Reviewer
 from coordinator.sessions import Sessions
 from coordinator.spares import keep_prepared
 from coordinator.store.protocol import Store
@@ -51,7 +54,16 @@ from protos import credentials, enrol, limits, version
 from protos.announcement import CoordinatorAnnouncement
 from protos.dial import join_address
 from protos.errors import HiveError
-from protos.gen import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, membership_pb2, membership_pb2_grpc
+from protos.gen import (
+    artifacts_pb2,
+    artifacts_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    membership_pb2,
+    membership_pb2_grpc,
+    qtable_pb2,
+    qtable_pb2_grpc,
+)
 from protos.log import Log
 from protos.token import Role, Token
 
@@ -127,8 +139,10 @@ async def _start(
     garbage = Garbage(store, blobs)
     tail = EventTail(store)
     sessions = Sessions()
-    learner = Learner(folder / "qtable.json")
+    learner = Learner(folder / "qtable.json", origin=await qtable_events.origin_of(store))
     await learner.catch_up(store)
+    reliability = Reliability()
+    await reliability.catch_up(store)
     controller: Controller
     placement = Placement(
         sessions,
@@ -136,6 +150,7 @@ async def _start(
         random.Random(),
         lambda: nobody(controller.state.nodes.values()),
         lambda: away(controller.state.nodes.values(), controller.capacity),
+        lambda node_id: reliability.mtbf_s(node_id, time.time()),
     )
     identifier = Identifier(sessions, lambda digest: blobs.path(digest))
     rendezvous = Rendezvous(lambda job_id, fence: controller.is_current(job_id, fence))
@@ -189,6 +204,7 @@ async def _start(
     member = MembershipService(authority, controller, sessions, rendezvous, store, folders, garbage.replaced)
     jobs_pb2_grpc.add_JobsServicer_to_server(service, session_server)  # type: ignore[no-untyped-call]
     membership_pb2_grpc.add_MembershipServicer_to_server(member, session_server)  # type: ignore[no-untyped-call]
+    qtable_pb2_grpc.add_QTableServicer_to_server(QTableService(store, learner), session_server)  # type: ignore[no-untyped-call]
     artifacts_pb2_grpc.add_ArtifactsServicer_to_server(  # type: ignore[no-untyped-call]
         ArtifactsService(blobs), session_server
     )
@@ -202,7 +218,10 @@ async def _start(
     await _owner_credential(config, authority, tokens, port, session_port)
     token = Token(authority.fingerprint, await join_token.secret()).text
     beforehand = keep_prepared(lambda: controller.state, placement, time.monotonic)
-    for helper in (controller.run_clock(TICK_S), garbage.run(), tail.run(), peers.run(), beforehand):
+    reviewer = Reviewer(controller, placement, learner, reliability, folders, store, time.monotonic)
+    for helper in (
+        controller.run_clock(TICK_S), garbage.run(), tail.run(), peers.run(), beforehand, reviewer.run()
+    ):  # fmt: skip
         tasks.create_task(helper)
     log.info("coordinator is ready", address=address, session_port=session_port)
     return Ready(address, session_port, config.home, token, join_command(address, token, Role.NODE))
@@ -213,6 +232,7 @@ async def _health(server: Any) -> None:
     names = [
         jobs_pb2.DESCRIPTOR.services_by_name["Jobs"].full_name,
         membership_pb2.DESCRIPTOR.services_by_name["Membership"].full_name,
+        qtable_pb2.DESCRIPTOR.services_by_name["QTable"].full_name,
         artifacts_pb2.DESCRIPTOR.services_by_name["Artifacts"].full_name,
     ]
     for name in ("", *names):

@@ -16,7 +16,7 @@ from protos import limits
 from protos.artifact import FileEntry, Manifest, check_manifest, digest_file
 from protos.errors import ErrorCode, SpecError
 from protos.ids import Digest
-from protos.jobspec import JobSpec, entry_point
+from protos.jobspec import DataSpec, JobSpec, ModelSpec, entry_point
 from strategies import hugging_face
 from strategies.data import source
 
@@ -53,13 +53,23 @@ def bundle(spec: JobSpec, folder: Path, progress: HashProgress = lambda done, to
         "test": _listed(source.test_file(spec.data, folder), "data.test"),
         "weights": _weights_files(spec, folder),
     }
+    return _hashed(spec, listings, progress)
+
+
+def bundle_model(model: ModelSpec, folder: Path, progress: HashProgress = lambda done, total: None) -> Bundle:
+    """A model alone, to be identified by a node: what it is, not what its weights are worth."""
+    spec = JobSpec(name="identify", model=model, data=DataSpec(source=source.MODEL_ALONE))
+    folder = folder.resolve()
+    return _hashed(spec, {"code": _code_files(spec, folder), "weights": _weights_files(spec, folder)}, progress)
+
+
+def _hashed(spec: JobSpec, listings: Mapping[str, dict[str, Path] | None], progress: HashProgress) -> Bundle:
     total = sum(path.stat().st_size for listing in listings.values() if listing for path in listing.values())
     done = 0
-    manifests: dict[str, Manifest | None] = {}
+    manifests: dict[str, Manifest | None] = dict.fromkeys(("code", "data", "test", "weights"))
     files: dict[Digest, Path] = {}
     for name, listing in listings.items():
         if listing is None:
-            manifests[name] = None
             continue
         entries = []
         for relative, path in listing.items():

@@ -25,10 +25,11 @@ from protos.artifact import Manifest, check_digest, check_path
 from protos.credentials import Credential
 from protos.documents import encode
 from protos.errors import TABLE, HiveError
-from protos.gen import artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from protos.gen import artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc, qtable_pb2, qtable_pb2_grpc
 from protos.states import TERMINAL_JOB_STATES
 
 PLAN_DEADLINE_S = 180.0  # identification may have to start a worker, which imports torch
+QTABLE_DEADLINE_S = 300.0  # a long log is read again
 STREAM_DEADLINE_S = 3600.0  # a follower then simply opens the stream again
 SUBMIT_PATIENCE_S = 10.0
 ALL_RANKS = -1
@@ -46,6 +47,7 @@ class Client:
         self._channel = channel
         self._address = address
         self._jobs: Any = jobs_pb2_grpc.JobsStub(channel)  # type: ignore[no-untyped-call]
+        self._qtable: Any = qtable_pb2_grpc.QTableStub(channel)  # type: ignore[no-untyped-call]
         self._artifacts: Any = artifacts_pb2_grpc.ArtifactsStub(channel)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -87,11 +89,34 @@ class Client:
     async def revoke_token(self, token_id: str) -> dict[str, Any]:
         return await self._ask(self._jobs.RevokeToken, jobs_pb2.RevokeRequest(token_id=token_id))
 
+    # ---- what was learned
+
+    async def qtable(self, action: str) -> dict[str, Any]:
+        """`action`: Show Export Evaluate, and for administrators Reset Rebuild."""
+        return await self._ask(getattr(self._qtable, action), qtable_pb2.QTableRequest(), QTABLE_DEADLINE_S)
+
+    async def import_qtable(self, content: bytes, name: str) -> dict[str, Any]:
+        request = qtable_pb2.QTableImport(content=content, name=name)
+        return await self._ask(self._qtable.Import, request, QTABLE_DEADLINE_S)
+
+    def decisions(self) -> AsyncIterator[dict[str, Any]]:
+        """Every decision of the log with what came of it, in order."""
+        return self._stream(self._qtable.Decisions, qtable_pb2.QTableRequest(), _line)
+
     # ---- jobs
 
     async def plan(self, bundle: Bundle) -> dict[str, Any]:
         """The plan that a submit would execute; what it needs travels first, because workers identify the model."""
         return await self._ask(self._jobs.Plan, _submission(bundle, ""), PLAN_DEADLINE_S)
+
+    async def identify(self, bundle: Bundle) -> dict[str, Any]:
+        """What a node finds out about a model alone (bundle.bundle_model)."""
+        request = jobs_pb2.IdentifyRequest(
+            model_json=bundle.spec.model.model_dump_json().encode(),
+            code_json=_manifest(bundle.code),
+            weights_json=_manifest(bundle.weights),
+        )
+        return await self._ask(self._jobs.Identify, request, PLAN_DEADLINE_S)
 
     async def submit(self, bundle: Bundle, key: str = "") -> dict[str, Any]:
         """The new job. Sent again while the coordinator is away: the key makes sure there is only one job."""
@@ -248,18 +273,24 @@ async def _patiently(ask: Callable[[], Awaitable[dict[str, Any]]], patience: Pat
         tries += 1
 
 
-def _submission(bundle: Bundle, key: str) -> jobs_pb2.SubmitRequest:
-    def manifest(value: Manifest | None) -> bytes:
-        return encode(value) if value is not None else b""
+def _manifest(value: Manifest | None) -> bytes:
+    return encode(value) if value is not None else b""
 
+
+def _submission(bundle: Bundle, key: str) -> jobs_pb2.SubmitRequest:
     return jobs_pb2.SubmitRequest(
         spec_json=jobspec.dump(bundle.spec).encode(),
-        code_json=manifest(bundle.code),
-        data_json=manifest(bundle.data),
-        test_json=manifest(bundle.test),
-        weights_json=manifest(bundle.weights),
+        code_json=_manifest(bundle.code),
+        data_json=_manifest(bundle.data),
+        test_json=_manifest(bundle.test),
+        weights_json=_manifest(bundle.weights),
         idempotency_key=key,
     )
+
+
+def _line(message: jobs_pb2.Document) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(message.json)
+    return content
 
 
 def _event(message: jobs_pb2.Event) -> EventRecord:

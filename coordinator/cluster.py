@@ -71,10 +71,15 @@ def _doing(node: NodeStatus) -> str:
     return node.reason or node.activity.value.lower()
 
 
-def cluster_view(sessions: Sessions, among: Collection[NodeId], learned: Learned | None = None) -> ClusterView:
+def cluster_view(
+    sessions: Sessions,
+    among: Collection[NodeId],
+    learned: Learned | None = None,
+    mtbf_s: Callable[[NodeId], float | None] = lambda node_id: None,
+) -> ClusterView:
     """The connected nodes of `among`, taken as idle: who is busy is the scheduler's question, not the planner's.
 
-    `learned`: what finished jobs have taught about them."""
+    `learned`: what finished jobs have taught about them; `mtbf_s`: how long each stays."""
     here = [sessions[node_id] for node_id in sorted(among) if node_id in sessions]
     ids, separate = {each.node_id for each in here}, apart(sessions, here)
     links = {
@@ -82,7 +87,7 @@ def cluster_view(sessions: Sessions, among: Collection[NodeId], learned: Learned
         for pair, link in sessions.links.items()
         if ids.issuperset(pair) and link.network != LOOPBACK and pair not in separate
     }
-    nodes = tuple(_idle(each.node_id, each.name, each.capacity) for each in here)
+    nodes = tuple(replace(_idle(each.node_id, each.name, each.capacity), mtbf_s=mtbf_s(each.node_id)) for each in here)
     return ClusterView(nodes, links, learned or Learned(), separate)
 
 

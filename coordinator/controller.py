@@ -235,8 +235,8 @@ class Controller:
         changes.keep()
         state = decision.state
         for job in list(state.jobs.values()):
-            if job.trail:
-                state = state.with_job(replace(job, trail=()))
+            if job.trail or job.left is not None:
+                state = state.with_job(replace(job, trail=(), left=None))
         self.state = state
         for effect in decision.effects:
             try:

@@ -15,7 +15,7 @@ from coordinator import learning
 from coordinator.blobs import BlobStore
 from coordinator.cluster import nobody
 from coordinator.control import events as e
-from coordinator.control.state import JobView
+from coordinator.control.state import Generation, JobView
 from coordinator.controller import Controller
 from coordinator.decompose import Inputs, decompose
 from coordinator.identification import Identifier, Refusal
@@ -36,7 +36,7 @@ from protos.gen import work_pb2
 from protos.ids import JobId, NodeId
 from protos.log import Log
 from protos.plan import Identification
-from protos.states import TERMINAL_JOB_STATES, Reason
+from protos.states import TERMINAL_JOB_STATES, AttemptState, Reason
 from protos.work import Checkpoints, Resume
 
 log = Log("hive.coordinator.effects")
@@ -190,7 +190,13 @@ class Effects:
         """coordinator.controller.Supplement: a decision beside a new plan, the result beside the end."""
         writes: list[Write] = []
         known = self._placement.known(after.job_id)
-        if after.plan is not None and known is not None and (before is None or before.plan is not after.plan):
+        if after.left is not None:
+            try:
+                writes.append(await self._left(after.job_id, after.left))
+            except Exception:  # whatever a node said of it, the job must go on
+                log.exception("a group teaches nothing", job=after.job_id)
+        planned = before.plan.id if before is not None and before.plan is not None else None
+        if after.plan is not None and known is not None and planned != after.plan.id:
             replanned = after.fence > 1
             payload = learning.decision_payload(
                 after.plan, known.submission.spec, known.found.profile, known.found.data, replanned=replanned
@@ -213,6 +219,20 @@ class Effects:
             record = replace(record, result_json=result.document)
             writes += result.writes
         return record, writes
+
+    async def _left(self, job_id: JobId, left: Generation) -> Write:
+        """What a group measured that gave way to another plan."""
+        usages = [(each.rank, each.outcome.usage) for each in left.attempts if each.outcome and each.outcome.usage]
+        metrics = await asyncio.to_thread(self._folders.recent_metrics, job_id, left.first_step)
+        measured = learning.measure(
+            [usage for _, usage in usages],
+            metrics,
+            finished=all(each.state is not AttemptState.LOST for each in left.attempts),
+            ranks=[rank for rank, _ in usages],
+            generations=int(left.fence),
+        )
+        payload = learning.outcome_payload(left.plan, measured)
+        return AppendEvent(learning.TRIAL, job_id, None, payload)
 
     def names(self) -> dict[NodeId, str]:
         return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from coordinator.identify.confine import identify_file, usable_as_weights
+from coordinator.identify.confine import identify_file, identify_files, usable_as_weights
 from coordinator.sessions import Session, Sessions
 from coordinator.submission import Submission
 from protos import documents
@@ -74,18 +74,10 @@ class Identifier:
             raise SpecError(f"{message}: it cannot be trained as it is", profile.why_not, code=ErrorCode.MODEL_UNUSABLE)
 
     async def _check_directory(self, files: Manifest) -> None:
-        """The configuration, and that weights are what their names say: a node reads nothing else of them."""
-        for file in files.files:
-            if file.path == CONFIG_FILE:
-                await identify_file(self._blob(file.digest))
-            elif file.path.endswith(".safetensors"):
-                profile = await identify_file(self._blob(file.digest))
-                if profile.format != "safetensors":
-                    raise SpecError(
-                        f"model.source: {file.path} is {profile.format}, not safetensors",
-                        "fetch the directory again",
-                        code=ErrorCode.MODEL_UNUSABLE,
-                    )
+        """That hive trains such a configuration, and that weights and their index are what they say."""
+        profile = await identify_files("model.source", {file.path: self._blob(file.digest) for file in files.files})
+        if not profile.trainable:
+            raise SpecError(f"model.source cannot be trained: {profile.why_not}", code=ErrorCode.MODEL_UNUSABLE)
 
     async def identify(
         self, submission: Submission, job_id: JobId, nodes: tuple[NodeId, ...], nobody: str = "no node has joined"

@@ -7,6 +7,7 @@ coordinator could not acknowledge; readers keep the last record of each (stage, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from protos import documents
+from protos.errors import HiveError
 from protos.ids import JobId
 from protos.work import Metrics
 
+RECENT_BYTES = 256 * 1024
 MAX_LOG_BYTES = 64 * 1024 * 1024
 ALL_RANKS = -1  # the ranks' output as it came, each line with its rank
 
@@ -70,6 +73,22 @@ class JobFolders:
                 if record["step"] > after_step:
                     kept[(record["stage"], record["step"])] = record
         return sorted(kept.values(), key=lambda record: (record["step"], record["stage"] != "train"))
+
+    def recent_metrics(self, job_id: JobId, after_step: int) -> list[Metrics]:
+        """The newest records beyond `after_step`, in order, however long the job is: its last RECENT_BYTES."""
+        path = self.folder(job_id) / "metrics.jsonl"
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - RECENT_BYTES))
+            lines = file.read().split(b"\n")
+        kept: dict[tuple[int, bool], Metrics] = {}
+        for line in lines:
+            with contextlib.suppress(ValueError, HiveError):  # cut at the beginning, or torn by a kill
+                record = documents.decode(Metrics, line)
+                if record.step > after_step:
+                    kept[record.step, record.stage != "train"] = record
+        return [kept[key] for key in sorted(kept)]
 
     @staticmethod
     def _append(path: Path, content: bytes) -> None:

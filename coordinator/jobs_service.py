@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator import views
+from coordinator import learning, views
 from coordinator.access import Caller
+from coordinator.answers import answer, fitting, whole_steps
 from coordinator.blobs import BlobStore
 from coordinator.cluster import apart, nobody
 from coordinator.control import events as e
 from coordinator.controller import Controller
 from coordinator.doctor import Doctor
 from coordinator.event_tail import EventTail
+from coordinator.hindsight import hindsight
 from coordinator.identification import Identifier
 from coordinator.interceptors import caller
 from coordinator.job_folder import JobFolders
@@ -26,12 +28,12 @@ from coordinator.placement import Placement
 from coordinator.records import Event, Job
 from coordinator.sessions import Sessions
 from coordinator.store.protocol import Store
-from coordinator.submission import Submission, of_request
+from coordinator.submission import Submission, of_model, of_request
 from coordinator.token_book import TokenBook
-from protos import documents, jobspec, limits
+from protos import documents, jobspec
 from protos.artifact import Manifest, check_manifest
 from protos.capacity import Capacity
-from protos.errors import AccessError, Conflict, ErrorCode, Exhausted, HiveError, NoPlacement, NotFound, SpecError
+from protos.errors import AccessError, Conflict, ErrorCode, HiveError, NoPlacement, NotFound, SpecError
 from protos.gen import jobs_pb2, jobs_pb2_grpc
 from protos.ids import JobId, NodeId, new_job_id
 from protos.plan import Identification, NodeView, Plan
@@ -69,7 +71,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         if request.lan:
             content |= {"lan": await self._lan(caller(context).role), "lan_problem": self.doctor.lan_obstacle()}
         separate = self._apart()
-        return _answer(**fitting("nodes", [self._node(node.node_id, separate) for node in members], **content))
+        return answer(**fitting("nodes", [self._node(node.node_id, separate) for node in members], **content))
 
     def _apart(self) -> Apart:
         """Of the connected nodes, those that cannot be in one group."""
@@ -110,7 +112,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             session = self.sessions.get(node_id)
             if session is not None:
                 session.close()
-        return _answer(node=self._node(node_id, self._apart()))
+        return answer(node=self._node(node_id, self._apart()))
 
     def _find_node(self, named: str) -> NodeId:
         """By id, or by a name that only one node has."""
@@ -125,21 +127,29 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         raise NotFound(f"no node {named}", "hive nodes lists them")
 
     async def Doctor(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
-        return _answer(checks=await self.doctor.checks())
+        return answer(checks=await self.doctor.checks())
 
     # ---- jobs
 
     async def Plan(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
         submission = of_request(request)
+        found, nodes = await self._identified(submission, "plan")
+        made = await self.placement.plan_now(submission, found, nodes)
+        return answer(**views.plan(made, found, _LAYERS_SHOWN, self._names()))
+
+    async def Identify(self, request: jobs_pb2.IdentifyRequest, context: Any) -> jobs_pb2.Document:
+        found, _ = await self._identified(of_model(request), "identify")
+        return answer(model=views.model(found, _LAYERS_SHOWN))
+
+    async def _identified(self, submission: Submission, what: str) -> tuple[Identification, tuple[NodeId, ...]]:
+        """What a node says of it now, and the nodes that could be asked."""
         await self._check_content(submission)
         await self.identifier.check_file(submission)
         nodes = self.controller.state.willing()
         if not nodes:
             why, hint = nobody(self.controller.state.nodes.values())
-            raise NoPlacement(f"there is nothing to plan with: {why}", hint)
-        found = await self.identifier.identify(submission, JobId("plan"), nodes)
-        made = await self.placement.plan_now(submission, found, nodes)
-        return _answer(**views.plan(made, found, _LAYERS_SHOWN, self._names()))
+            raise NoPlacement(f"there is nothing to {what} with: {why}", hint)
+        return await self.identifier.identify(submission, JobId(what), nodes), nodes
 
     async def Submit(self, request: jobs_pb2.SubmitRequest, context: Any) -> jobs_pb2.Document:
         key = request.idempotency_key
@@ -174,12 +184,12 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             raise
         seq = self.store.last_seq
         made = await self.store.job(record.job_id)
-        return _answer(job=self._job(made or record, seq))
+        return answer(job=self._job(made or record, seq))
 
     async def _submitted_before(self, key: str) -> jobs_pb2.Document | None:
         seq = self.store.last_seq
         known = await self.store.job_by_idempotency_key(key) if key else None
-        return _answer(job=self._job(known, seq)) if known is not None else None
+        return answer(job=self._job(known, seq)) if known is not None else None
 
     async def _check_content(self, submission: Submission) -> None:
         """Every file is here, or at a path that all connected nodes see."""
@@ -218,15 +228,15 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         def shown() -> dict[str, Any]:
             return fitting("jobs", [views.job(each, names, progress[each.job_id], now_s, seq) for each in found])
 
-        return _answer(**await asyncio.to_thread(shown))  # a thousand plans take a second to read
+        return answer(**await asyncio.to_thread(shown))  # a thousand plans take a second to read
 
     async def Show(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
         seq = self.store.last_seq
         record = await self._record(request.job_id)
         rows = await self.store.attempts(record.job_id)
         newest_first = views.attempts(reversed(rows), self._names())
-        answer = fitting("attempts", newest_first, job=self._job(record, seq))
-        return _answer(**{**answer, "attempts": answer["attempts"][::-1]})
+        shown = fitting("attempts", newest_first, job=self._job(record, seq))
+        return answer(**{**shown, "attempts": shown["attempts"][::-1]})
 
     async def _record(self, job_id: str) -> Job:
         record = await self.store.job(JobId(job_id))
@@ -255,12 +265,14 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
         content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
-        return _answer(**content, measured=result.get("measured"), job=self._job(record, seq))
+        told = await self.store.events(0, record.job_id, learning.KINDS_OF_A_JOB)
+        seen = hindsight((event.kind, json.loads(event.payload_json)) for event in told)
+        return answer(**content, measured=result.get("measured"), hindsight=seen, job=self._job(record, seq))
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
         lines = await asyncio.to_thread(self.folders.metrics, record.job_id, request.after_step)
-        return _answer(**await asyncio.to_thread(whole_steps, lines))
+        return answer(**await asyncio.to_thread(whole_steps, lines))
 
     async def Control(self, request: jobs_pb2.ControlRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)
@@ -273,7 +285,7 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             )
         await self.controller.post(e.UserAsked(record.job_id, request.action))
         seq = self.store.last_seq
-        return _answer(job=self._job(await self._record(request.job_id), seq))
+        return answer(job=self._job(await self._record(request.job_id), seq))
 
     # ---- streams
 
@@ -315,18 +327,18 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
             "expires_s": time.time() + request.lifetime_s,
             "join": self.join_command(token, role),
         }
-        return _answer(token=made)
+        return answer(token=made)
 
     async def ListTokens(self, request: jobs_pb2.ListRequest, context: Any) -> jobs_pb2.Document:
         now_s = time.time()
         found = [views.token(record) for record in await self.tokens.list()]
         alive = [t for t in found if not t["revoked"] and t["expires_s"] > now_s and t["uses_left"] != 0]
-        return _answer(tokens=found if request.all else alive)
+        return answer(tokens=found if request.all else alive)
 
     async def RevokeToken(self, request: jobs_pb2.RevokeRequest, context: Any) -> jobs_pb2.Document:
         await self.tokens.revoke(request.token_id)
         found = [views.token(record) for record in await self.tokens.list() if record.token_id == request.token_id]
-        return _answer(tokens=found)
+        return answer(tokens=found)
 
 
 def owner_of(who: Caller) -> str:
@@ -339,38 +351,9 @@ def owns(who: Caller, owner: str) -> bool:
 
 
 _UNKNOWN = Capacity("", "", "", "", 0.0, 0, 0, 0, 0)
-_MAX_ANSWER_BYTES = limits.MAX_MESSAGE_BYTES - 64 * 1024
 _MAX_LISTED = 1000
 _MAX_KEY_CHARACTERS = 200
 _LAYERS_SHOWN = 2000
-
-
-def _answer(**content: Any) -> jobs_pb2.Document:
-    document = views.document(**content)
-    if len(document) > _MAX_ANSWER_BYTES:
-        raise Exhausted(f"the answer has {len(document)} bytes, over the limit of a message", "ask for less at once")
-    return jobs_pb2.Document(json=document)
-
-
-def fitting(name: str, rows: Sequence[Any], **content: Any) -> dict[str, Any]:
-    """The content with as many rows, from the first on, as one message holds; `more` says that some were left out."""
-    room = _MAX_ANSWER_BYTES - len(views.document(**content))
-    for count, row in enumerate(rows):
-        room -= len(views.plain_json(row)) + 2
-        if room < 0:
-            return {name: list(rows[:count]), "more": True, **content}
-    return {name: list(rows), **content}
-
-
-def whole_steps(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """As many records as one message holds, the last step whole; `more` says to ask again after the last step."""
-    answer = {"more": False, **fitting("metrics", lines)}
-    kept = answer["metrics"]
-    if answer["more"]:
-        following = lines[len(kept)]["step"]
-        while kept and kept[-1]["step"] == following:
-            kept.pop()
-    return answer
 
 
 def _encoded(manifest: Manifest | None) -> bytes | None:

@@ -4,21 +4,22 @@ The `decision` and `outcome` events in the log are the source of truth, appended
 learner applies each once, in the order of seq, and keeps a snapshot that only spares a replay.
 
 T_meas = startup + transfer + evaluation + planned steps * usual step. It is scaled to the planned steps, so pauses,
-checkpoints and lost steps do not count. A job teaches nothing (`counted` false, with the reason) unless it ran to its
-end on the nodes it was first planned for: after a re-formation its steps belong to another group than predicted.
+checkpoints and lost steps do not count. Every group that gave way to another plan is a `trial` event of the same form,
+the last one of a job its `outcome`. It teaches nothing (`counted` false, with the reason) when it was lost, or made
+too few steps for one that began in the middle of a job.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from coordinator import qtable_events
 from coordinator.speeds import Speeds, lesson
 from coordinator.store.protocol import Store
 from protos.jobspec import JobSpec
@@ -28,18 +29,20 @@ from protos.work import Metrics, Usage
 from qtable import snapshot
 from qtable.policy import Ledger
 from qtable.prior import Prior, load_prior
-from qtable.replay import OutcomeRecord, apply
+from qtable.replay import OutcomeRecord, apply, key_of
 from qtable.reward import reward
-from qtable.state import SHAPE, StateKey
 from qtable.table import QTable
 from strategies.cost import COST_MODEL_VERSION
 from strategies.usual_step import usual
 
 DECISION = "decision"
 OUTCOME = "outcome"
-KINDS = (DECISION, OUTCOME)
+TRIAL = "trial"
+LESSONS = (OUTCOME, TRIAL)
+KINDS = (DECISION, *LESSONS, qtable_events.IMPORT, qtable_events.RESET)
+KINDS_OF_A_JOB = (DECISION, *LESSONS)
+LEAST_STEPS = 10  # of a group that took over from another one
 _PAGE = 1000
-_EXPLORED_BELOW = 0.5  # propensity: an action taken against the greedy one has at most epsilon / 2
 _AROUND = ("startup", "transfer", "evaluation")
 
 
@@ -94,7 +97,7 @@ def decision_payload(
 ) -> dict[str, Any]:
     """Features, mask, predictions and propensity of a choice. A choice that was forced has nothing to explore."""
     free = spec.strategy == "auto" and not replanned
-    explored = free and plan.propensity < _EXPLORED_BELOW
+    explored = free and plan.explored_loss_s > 0
     return {
         "plan_id": plan.id,
         "strategy": plan.strategy,
@@ -120,6 +123,9 @@ def decision_payload(
                 "q": candidate.q,
                 "residual": candidate.residual,
                 "visits": candidate.visits,
+                "deviation": candidate.deviation,
+                "survival": candidate.survival,
+                "measured": candidate.measured,
             }
             for candidate in plan.candidates
         ],
@@ -127,7 +133,9 @@ def decision_payload(
         "propensity": plan.propensity,
         "forced": not free,
         "explored": explored,
-        "expected_loss_s": _expected_loss_s(plan) if explored else 0.0,
+        "expected_loss_s": plan.explored_loss_s if explored else 0.0,
+        "loss_if_wrong_s": plan.expected_loss_s,
+        "trials": list(plan.trials),
         "cost_model_version": COST_MODEL_VERSION,
     }
 
@@ -145,8 +153,8 @@ def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
     why = ""
     if not measured.finished:
         why = "the job did not run to its end"
-    elif measured.generations > 1:
-        why = f"re-formed {measured.generations - 1} times: its steps ran in other groups than the one predicted"
+    elif measured.generations > 1 and measured.steps < LEAST_STEPS:
+        why = f"its last group made {measured.steps} steps only"
     elif measured.steps < 1 or not measured.step_s > 0:
         why = "no step was measured"
     return {
@@ -158,18 +166,13 @@ def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
         "predicted_step_s": plan.estimate.step_s,
         "measured_step_s": measured.step_s,
         "steps": measured.steps,
+        "ran_s": measured.steps * measured.step_s,
         "reward": None if why else reward(predicted_s, measured_s),
         "counted": not why,
         "why": why,
-        "cost_model_version": COST_MODEL_VERSION,
+        "cost_model_version": plan.cost_model_version,
         **({} if why else lesson(plan, measured.usages, measured.step_s)),
     }
-
-
-def _expected_loss_s(plan: Plan) -> float:
-    """Corrected prediction of what was taken less that of the best: T e^-residual."""
-    corrected = {c.strategy: c.seconds * math.exp(-c.residual) for c in plan.candidates if c.seconds is not None}
-    return max(0.0, corrected[plan.strategy] - min(corrected.values()))
 
 
 class Learner:
@@ -177,11 +180,13 @@ class Learner:
     they are read from the log's outcomes when it starts. `notes` says where it started from, `problem`
     why the last snapshot is not on the disk."""
 
-    def __init__(self, path: Path, prior: Prior | None = None) -> None:
+    def __init__(self, path: Path, prior: Prior | None = None, origin: str = "") -> None:
+        """`origin`: the name of the log, under which others know what was learned here."""
         self._path = path
         self._prior = prior or load_prior()
+        self._origin = origin
         self._lock = asyncio.Lock()
-        self.table: QTable = self._prior.table()
+        self.table: QTable = self._prior.table(origin)
         self.ledger = Ledger()
         self.speeds = Speeds()
         self._speeds_seq = 0  # of the last outcome that the speeds have seen
@@ -190,6 +195,8 @@ class Learner:
         self.notes = loaded.reason
         if loaded.table is not None and loaded.table.cost_model_version != self._prior.cost_model_version:
             self.notes += ", of another cost model: the log is read again"
+        elif loaded.table is not None and loaded.table.origin != origin:
+            self.notes += ", of another log: this one's is read again"
         elif loaded.table is not None:
             self.table, self.ledger = loaded.table, loaded.ledger
 
@@ -202,12 +209,20 @@ class Learner:
         if seq <= self.table.last_seq:
             return False
         try:
-            changed = self._decision(payload) if kind == DECISION else self._outcome(seq, payload)
+            changed = self._change(seq, kind, payload)
         except (KeyError, TypeError, ValueError) as error:
             self.notes += f"; event {seq} was passed over: {type(error).__name__}: {error}"
             changed = False
         self.table.last_seq = seq
         return changed
+
+    def _change(self, seq: int, kind: str, payload: Mapping[str, Any]) -> bool:
+        if kind == qtable_events.IMPORT:
+            return qtable_events.take(self.table, payload) > 0
+        if kind == qtable_events.RESET:
+            self.rebuild()
+            return True
+        return self._decision(payload) if kind == DECISION else self._outcome(seq, payload)
 
     def _decision(self, payload: Mapping[str, Any]) -> bool:
         loss_s = float(payload["expected_loss_s"]) if payload["explored"] else 0.0
@@ -219,7 +234,7 @@ class Learner:
             return False
         record = OutcomeRecord(
             seq,
-            _key(payload["state"]),
+            key_of(payload["state"]),
             str(payload["strategy"]),
             float(payload["predicted_s"]),
             float(payload["measured_s"]),
@@ -227,12 +242,12 @@ class Learner:
         )
         if not apply(self.table, record):
             return False
-        self.ledger = self.ledger.credited(record.measured_s)
+        self.ledger = self.ledger.credited(float(payload["ran_s"]))
         return True
 
     def rebuild(self) -> None:
         """Forget everything: the next catch_up reads the log from its beginning."""
-        self.table, self.ledger = self._prior.table(), Ledger()
+        self.table, self.ledger = self._prior.table(self._origin), Ledger()
 
     def save(self) -> None:
         """Blocks for two fsyncs. Raises OSError; nothing learned is lost by that, the log has it."""
@@ -258,34 +273,51 @@ class Learner:
                     self.apply(event.seq, event.kind, json.loads(event.payload_json))
                 read += len(page)
             if read:
-                try:
-                    await asyncio.to_thread(self.save)
-                    self.problem = ""
-                except OSError as error:
-                    self.problem = f"the snapshot could not be written: {error}"
+                await self._saved()
             return read
 
     async def _catch_up_speeds(self, store: Store) -> None:
-        while page := await store.events(self._speeds_seq, None, (OUTCOME,), _PAGE):
+        while page := await store.events(self._speeds_seq, None, (*LESSONS, qtable_events.RESET), _PAGE):
             for event in page:
-                self._speeds_seq = event.seq
-                try:
-                    self.speeds.apply(json.loads(event.payload_json))
-                except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-                    self.notes += f"; outcome {event.seq} taught no speed: {type(error).__name__}: {error}"
+                self.apply_speed(event.seq, event.kind, json.loads(event.payload_json))
 
+    def apply_speed(self, seq: int, kind: str, payload: Mapping[str, Any]) -> None:
+        """What an event of KINDS says of speeds, in the order of seq."""
+        self._speeds_seq = seq
+        if kind == qtable_events.RESET:
+            self.speeds = Speeds()
+        elif kind in LESSONS:
+            try:
+                self.speeds.apply(payload)
+            except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                self.notes += f"; outcome {seq} taught no speed: {type(error).__name__}: {error}"
 
-def _key(state: Sequence[int]) -> StateKey:
-    key = StateKey(*(int(part) for part in state))
-    if any(not 0 <= part < size for part, size in zip(key, SHAPE, strict=False)):
-        raise ValueError(f"no such cell: {key}")
-    return key
+    def blank(self) -> Learner:
+        """One of the same log and prior that has learned nothing and has no snapshot: for reading the log beside
+        this one. It is never saved."""
+        return Learner(Path("/dev/null/qtable.json"), self._prior, self._origin)
+
+    async def adopt(self, made: Learner) -> None:
+        """Go on with what another one has learned, unless this one has read further meanwhile; then save."""
+        async with self._lock:
+            if made.table.last_seq >= self.table.last_seq:
+                self.table, self.ledger = made.table, made.ledger
+                self.speeds, self._speeds_seq = made.speeds, made._speeds_seq
+                await self._saved()
+
+    async def _saved(self) -> None:
+        try:
+            await asyncio.to_thread(self.save)
+            self.problem = ""
+        except OSError as error:
+            self.problem = f"the snapshot could not be written: {error}"
 
 
 __all__ = [
     "DECISION",
     "KINDS",
     "OUTCOME",
+    "TRIAL",
     "Learner",
     "Measured",
     "decision_payload",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from coordinator import planner, spares
@@ -23,7 +23,7 @@ from protos.errors import NoPlacement
 from protos.ids import JobId, NodeId, PlanId
 from protos.jobspec import JobSpec, StrategyName
 from protos.log import Log
-from protos.plan import Identification, Plan, SparePlan
+from protos.plan import ClusterView, Identification, Plan, SparePlan
 from protos.states import Reason
 
 log = Log("hive.coordinator.placement")
@@ -45,12 +45,14 @@ class Placement:
         rng: random.Random,
         nobody: Callable[[], tuple[str, str]],
         away: Callable[[], tuple[Away, ...]],
+        mtbf_s: Callable[[NodeId], float | None] = lambda node_id: None,
     ) -> None:
         self._sessions = sessions
         self._learner = learner
         self._rng = rng
         self._nobody = nobody  # why no node takes work, and a hint
         self._away = away  # members that take no work now
+        self._mtbf_s = mtbf_s
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
         self._prepared: dict[JobId, tuple[float, spares.Prepared]] = {}  # when, and for which losses
@@ -60,6 +62,10 @@ class Placement:
 
     def known(self, job_id: JobId) -> Known | None:
         return self._jobs.get(job_id)
+
+    def view(self, nodes: Collection[NodeId]) -> ClusterView:
+        """Those of them that are connected, with all that is known of them."""
+        return cluster_view(self._sessions, nodes, self._learner.speeds.learned(), self._mtbf_s)
 
     def learned_of(self, node_id: NodeId) -> dict[str, object]:
         """What finished jobs have taught about a node, for people."""
@@ -76,7 +82,7 @@ class Placement:
         In a thread, on copies: with many nodes it takes seconds, and the control loop must not wait for a question."""
         if not nodes:
             raise NoPlacement(*self._nobody())
-        view = cluster_view(self._sessions, nodes, self._learner.speeds.learned())
+        view = self.view(nodes)
         spec, table, ledger = submission.spec, copy.deepcopy(self._learner.table), self._learner.ledger
         rng = random.Random(self._rng.getrandbits(64))
 
@@ -89,7 +95,7 @@ class Placement:
     async def prepare(self, job_id: JobId, plan: Plan, nodes: tuple[NodeId, ...], now_s: float) -> None:
         """Plan for the losses of a running job, in a thread; nothing when that is done and nothing has changed since,
         or changed just now. `nodes`: its own and those it could have beside them."""
-        known, view = self._jobs.get(job_id), cluster_view(self._sessions, nodes, self._learner.speeds.learned())
+        known, view = self._jobs.get(job_id), self.view(nodes)
         if known is None or len(view.nodes) < len(nodes):
             return
         last = self._prepared.get(job_id)
@@ -145,8 +151,7 @@ class Placement:
         last = self._prepared.get(job_id)
         if last is None or previous is None:
             return None
-        view = cluster_view(self._sessions, idle, self._learner.speeds.learned())
-        return last[1].plan_for(previous, view, holders)
+        return last[1].plan_for(previous, self.view(idle), holders)
 
     def _place(
         self,
@@ -157,13 +162,13 @@ class Placement:
         previous: str | None,
     ) -> Plan | Unplaced:
         spec, found, learner = known.submission.spec, known.found, self._learner
-        view = cluster_view(self._sessions, idle, learner.speeds.learned())
+        view = self.view(idle)
         try:
             if previous is not None:
                 return planner.replan(previous, spec, found.profile, found.data, view, learner.table, holders=holders)
             return planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
         except NoPlacement as error:
-            everyone = cluster_view(self._sessions, willing, learner.speeds.learned())
+            everyone = self.view(willing)
             if len(idle) < len(willing) and planner.placeable_when_idle(spec, found.profile, found.data, everyone):
                 return Unplaced(
                     "waits for nodes that are busy with earlier jobs", "", False, Reason.WAITING_FOR_BUSY_NODES

@@ -6,7 +6,6 @@ Q-table correct the ranking. The reason always comes with the decision. Refuses 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,18 +18,22 @@ from protos.jobspec import JobSpec, StrategyName, StrategyOptions
 from protos.model import ModelProfile
 from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Layout, Plan, SparePlan
 from protos.states import Activity
-from qtable.backoff import residuals
-from qtable.policy import BAND, FAR, Ledger, choose
+from qtable.backoff import deviations, residuals
+from qtable.policy import BAND, FAR, Arm, Ledger, choose
+from qtable.probing import REPEAT_DEVIATION, belief
 from qtable.state import Observation, StateKey
 from qtable.table import QTable
 from strategies.base import NOT_BUILT, Inputs, PlacedEstimate
-from strategies.cost import assumed_rows, assumed_steps
+from strategies.cost import COST_MODEL_VERSION, assumed_rows, assumed_steps
 from strategies.grouping import REACH, left_out
-from strategies.links import median_rtt_s
+from strategies.links import median_rtt_s, worst_link
+from strategies.memory import GRADIENT_BYTES, bytes_per_parameter
 from strategies.registry import BUILT
+from strategies.survival import efficiency
 
 RENDEZVOUS = "store over the session stream"
 RETRIES = 3
+REGROUP_S = 3.0  # ranks stop, a new group forms and begins, without the way of the state
 SPARES_OF_TWO = 8  # nodes of a plan, up to which the loss of any two is looked at; half of that where stages are cut
 _START_DEADLINE_S, _LONGEST_START_S = 120.0, 3600.0
 
@@ -44,6 +47,26 @@ class Consideration:
     candidates: tuple[Candidate, ...]
     placed: dict[str, PlacedEstimate]
     residuals: dict[str, float]
+    arms: dict[str, Arm]  # of each feasible one; the time of the whole job, losses of nodes included
+    survival: dict[str, float]
+
+    def expected_s(self, strategy: str) -> float:
+        """The prediction as the table and the losses to be expected correct it."""
+        return belief(self.arms[strategy], self.residuals[strategy]).median_s
+
+    def quickest(self) -> str:
+        return min(self.placed, key=self.expected_s)
+
+    @property
+    def switch_s(self) -> float:
+        """What changing a running job from one plan to another costs: a new group, and the state to all of it."""
+        nodes = {placement.node_id for placed in self.placed.values() for placement in placed.placements}
+        views = [node for node in self.inputs.cluster.nodes if node.node_id in nodes]
+        if len(views) < 2:
+            return REGROUP_S
+        held = bytes_per_parameter(self.inputs.spec.train.optimizer) - GRADIENT_BYTES
+        state_bytes = self.inputs.profile.parameters * held
+        return REGROUP_S + state_bytes / worst_link(self.inputs.cluster, views).bytes_per_s
 
 
 def plan(
@@ -64,11 +87,16 @@ def plan(
     considered = consider(Inputs(spec, profile, data, cluster), table)
     if spec.strategy != "auto":
         return _forced(considered, spec.strategy, "as the job file asks", plan_id)
-    seconds = {name: placed.cost.seconds for name, placed in considered.placed.items()}
-    if not seconds:
+    if not considered.placed:
         raise _no_placement(considered, StrategyName)
-    choice = choose(seconds, (), considered.residuals, rng, ledger)
-    return _plan(considered, choice.action, choice.reason, choice.propensity, plan_id)
+    choice = choose(considered.arms, (), considered.residuals, rng, ledger, switch_s=considered.switch_s)
+    return replace(
+        plan_of(considered, choice.action, choice.reason, choice.propensity, plan_id),
+        trials=choice.trials,
+        trial_steps=choice.trial_steps,
+        expected_loss_s=choice.expected_loss_s,
+        explored_loss_s=choice.charge_s,
+    )
 
 
 def replan(
@@ -85,37 +113,25 @@ def replan(
     """The plan with which an interrupted job goes on: the same strategy if it still fits, else the quickest that does.
 
     At least one of `holders` (nodes that have the newest state) takes part. Results do not depend on the strategy, so a
-    strategy the job file names gives way to another one here rather than to waiting; nodes.min never gives way. A job
-    on one node becomes data-parallel where its file asks for that, or asks for nothing and that is clearly quicker.
+    strategy the job file names gives way to another one here rather than to waiting; nodes.min never gives way. Under
+    `auto` another strategy takes over only when it is quicker by more than the band of the choice. A job on one node
+    that was asked to be data-parallel becomes so again.
     """
-    considered = consider(_without_shape(Inputs(spec, profile, data, cluster, frozenset(holders)), previous), table)
-    if previous == StrategyName.SINGLE_NODE and _grows(considered):
-        return _forced(considered, StrategyName.DATA_PARALLEL.value, "there are nodes for more than one rank", plan_id)
-    if previous in considered.placed:
-        return _forced(considered, previous, "goes on as before with the nodes that are left", plan_id)
+    considered = consider(without_shape(Inputs(spec, profile, data, cluster, frozenset(holders)), previous), table)
     if not considered.placed:
         raise _no_placement(considered, dict.fromkeys((previous, *BUILT)))
-    quickest = min(considered.placed, key=lambda name: considered.placed[name].cost.seconds)
-    lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
-    return _forced(considered, quickest, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
+    if spec.strategy in considered.placed and previous != spec.strategy:
+        return _forced(considered, spec.strategy, "as the job file asks, now that it can be", plan_id)
+    quickest = considered.quickest()
+    if previous not in considered.placed:
+        lost = next(candidate for candidate in considered.candidates if candidate.strategy == previous)
+        return _forced(considered, quickest, f"{previous} is over: {'; '.join(lost.reasons)}", plan_id)
+    if spec.strategy == "auto" and considered.expected_s(quickest) * (1 + BAND) < considered.expected_s(previous):
+        return _forced(considered, quickest, f"quicker than {previous} with the nodes that are left", plan_id)
+    return _forced(considered, previous, "goes on as before with the nodes that are left", plan_id)
 
 
-def _grows(considered: Consideration) -> bool:
-    """Whether a job on one node goes on as data_parallel. Under `auto` only for more than the choice itself may give
-    away to explore, and with what the table has learned: it must not undo that choice."""
-    one, many = StrategyName.SINGLE_NODE.value, StrategyName.DATA_PARALLEL.value
-    asked = considered.inputs.spec.strategy
-    if many not in considered.placed or asked not in ("auto", many):
-        return False
-    if asked == many or one not in considered.placed:
-        return True
-    alone_s, together_s = (
-        considered.placed[name].cost.seconds * math.exp(-considered.residuals[name]) for name in (one, many)
-    )
-    return together_s * (1 + BAND) < alone_s
-
-
-def _without_shape(inputs: Inputs, previous: str) -> Inputs:
+def without_shape(inputs: Inputs, previous: str) -> Inputs:
     """Options of a strategy are kept while they can be: with fewer nodes there may be no such number of stages."""
     spec = inputs.spec
     if spec.strategy_options is None or previous not in BUILT or not BUILT[StrategyName(previous)].feasible(inputs):
@@ -151,7 +167,7 @@ def without(cluster: ClusterView, lost: tuple[NodeId, ...]) -> ClusterView:
 
 def _spare(made: Plan, inputs: Inputs, lost: tuple[NodeId, ...]) -> SparePlan:
     strategy = BUILT[StrategyName(made.strategy)]
-    inputs = _without_shape(inputs, made.strategy)
+    inputs = without_shape(inputs, made.strategy)
     alike = _as_fine(inputs, made)
     reasons = strategy.feasible(alike)
     if not reasons:
@@ -201,7 +217,14 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
         reasons[name.value] = (NOT_BUILT,) if strategy is None else strategy.feasible(inputs)
         if strategy is not None and not reasons[name.value]:
             placed[name.value] = strategy.estimate(inputs)
-    best_s = min((estimate.cost.seconds for estimate in placed.values()), default=0.0)
+    views = {node.node_id: node for node in inputs.cluster.nodes}
+    every_s, spread = inputs.spec.checkpoint.every_s, deviations(table, key)
+    arms: dict[str, Arm] = {}
+    survival: dict[str, float] = {}
+    for action, estimate in placed.items():
+        survival[action] = efficiency((views[node] for node in estimate.nodes), estimate.layout, every_s)
+        arms[action] = _arm(inputs, estimate, survival[action], spread[action])
+    best_s = min((arm.seconds for arm in arms.values()), default=0.0)
     candidates = []
     for name in StrategyName:
         candidate = Candidate(
@@ -212,13 +235,15 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
             residual=learned[name.value],
             visits=table.visits(key, name.value),
         )
-        estimate = placed.get(name.value)
-        candidates.append(candidate if estimate is None else _predicted(inputs, candidate, estimate, best_s))
-    return Consideration(inputs, key, tuple(candidates), placed, learned)
+        if name.value in arms:
+            candidate = replace(candidate, survival=survival[name.value])
+            candidate = _predicted(inputs, candidate, placed[name.value], arms[name.value], best_s)
+        candidates.append(candidate)
+    return Consideration(inputs, key, tuple(candidates), placed, learned, arms, survival)
 
 
-def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, best_s: float) -> Candidate:
-    ratio = estimate.cost.seconds / best_s
+def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, arm: Arm, best_s: float) -> Candidate:
+    ratio = arm.seconds / best_s
     far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR else ()
     steps = estimate.steps or assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     apart = left_out(inputs) if len(estimate.placements) > 1 else ()
@@ -226,7 +251,9 @@ def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, b
         candidate,
         reasons=(*far, *apart),
         nodes=estimate.nodes,
-        seconds=estimate.cost.seconds,
+        seconds=arm.seconds,
+        deviation=arm.deviation,
+        measured=arm.measured,
         step_s=estimate.cost.step_s,
         bytes=estimate.cost.bytes_per_step * steps,
         memory_bytes=estimate.cost.peak_memory_bytes,
@@ -234,13 +261,22 @@ def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, b
     )
 
 
+def _arm(inputs: Inputs, placed: PlacedEstimate, survival: float, deviation: float) -> Arm:
+    """A step that was measured in this very combination needs no correction, and comes again as it was."""
+    basis, train = placed.cost.basis, inputs.spec.train
+    measured = basis is not None and basis.remembered
+    steps = placed.steps or int(assumed_steps(inputs.profile, train, inputs.data))
+    spread = REPEAT_DEVIATION if measured else deviation
+    return Arm(placed.cost.seconds / survival, placed.cost.step_s, steps, spread, measured)
+
+
 def _forced(considered: Consideration, strategy: str, why: str, plan_id: PlanId | None) -> Plan:
     if strategy not in considered.placed:
         raise _no_placement(considered, (strategy,))
-    return _plan(considered, strategy, why, 1.0, plan_id)
+    return plan_of(considered, strategy, why, 1.0, plan_id)
 
 
-def _plan(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
+def plan_of(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
     inputs, placed = considered.inputs, considered.placed[strategy]
     subtasks = BUILT[StrategyName(strategy)].decompose(inputs, placed)
     return Plan(
@@ -257,6 +293,7 @@ def _plan(considered: Consideration, strategy: str, why: str, propensity: float,
         steps=placed.steps,
         layout=placed.layout,
         links=placed.links,
+        cost_model_version=COST_MODEL_VERSION,
     )
 
 

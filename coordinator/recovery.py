@@ -24,6 +24,8 @@ from protos.states import (
 )
 from protos.work import Outcome
 
+RESTARTED = "the coordinator restarted"
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -62,7 +64,7 @@ def _status(member: Member, now_s: float, timing: Timing) -> NodeStatus:
         member.name,
         link,
         member.eligibility,
-        reason="the coordinator restarted" if waits else member.reason,
+        reason=RESTARTED if waits else member.reason,
         last_seen_s=heard_s,
         cut_off_s=heard_s,
     )

@@ -60,7 +60,7 @@ async def conclude(
     if view.plan is not None and usages:
         seen = learning.measure(
             usages,
-            [_metrics(line) for line in metrics],
+            [_metrics(line) for line in metrics if line["step"] > view.fence_step],
             finished=view.state is JobState.SUCCEEDED,
             generations=int(view.fence),
             ranks=[row.rank for row, _ in used],

@@ -18,11 +18,13 @@ from protos.ids import NodeId
 from protos.plan import Factors, Learned, Plan, RankCost, Work
 from protos.work import Usage
 from strategies.cost import COST_MODEL_VERSION
+from strategies.links import LOOPBACK
 
 LIMIT = 2.0  # of a logarithm: further off, something else was wrong
 LEAST_WEIGHT = 0.1  # of a new outcome
 FIRST_WEIGHT = 0.5  # of the very first: half way from what the formulas say
 NOTICEABLE = 0.02  # of a step: shorter waits say nothing about a network
+FULL = 0.9  # of its cap: a rank that used more in a step was held up by it
 LEAST_STAGE = 0.25  # of what ranks compute on average: a stage with less says nothing about the model's other layers
 LEAST_SHARE = 0.1  # of a predicted part that is left when the other part explains all that was measured
 MOST_KEYS = 10_000  # of each kind
@@ -132,7 +134,8 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     """What `Speeds.apply` reads of an outcome: predicted and measured beside each other. `usages` by rank.
 
     A rank that shares single layers with others waits where it cannot be told apart from computing: it teaches the step
-    only.
+    only. What ranks waited for is what their step took beyond computing alone, as it is predicted. Between machines a
+    step in which a rank used all of its cap says nothing about the network: it was the cap that held it up.
     """
     estimate, basis = plan.estimate, plan.estimate.basis
     if basis is None:
@@ -152,13 +155,15 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
         },
         "ranks": [_compared(rank, usage) for rank, usage in pairs if rank.compute_s >= least_of_model_s],
     }
-    if len(pairs) > 1 and len(pairs) == len(estimate.ranks):
+    name = plan.coordination_plan.network
+    capped = name != LOOPBACK and any(_at_its_cap(rank, usage) for rank, usage in pairs)
+    if len(pairs) > 1 and len(pairs) == len(estimate.ranks) and not capped:
         predicted_s = basis.modelled_step_s - max(rank.compute_s for rank, _ in pairs)
-        waited_s = min(usage.step_sync_s for _, usage in pairs)
+        waited_s = max(0.0, min(_step_s(usage) - _alone_s(rank, usage) for rank, usage in pairs))
         least_s = NOTICEABLE * measured_step_s
         if max(predicted_s, waited_s) > least_s > 0:
             found["network"] = {
-                "name": plan.coordination_plan.network,
+                "name": name,
                 "predicted_s": max(predicted_s, least_s),
                 "measured_s": max(waited_s, least_s),
             }
@@ -171,10 +176,24 @@ def _compared(rank: RankCost, usage: Usage) -> dict[str, Any]:
         "family": rank.family,
         "predicted_s": rank.compute_s,
         "overhead_s": rank.overhead_s,
-        "measured_s": usage.step_compute_s,
+        "measured_s": _alone_s(rank, usage),
         "work_factor": rank.learned.work,
         "overhead_factor": rank.learned.overhead,
     }
+
+
+def _alone_s(rank: RankCost, usage: Usage) -> float:
+    """What it would have computed without waiting in between. A quota that it did not use while it waited let it
+    compute faster than it can go on: CPU time over the cores that it is granted is the least it takes alone."""
+    return max(usage.step_compute_s, usage.step_cpu_s / rank.cores if rank.cores > 0 else 0.0)
+
+
+def _at_its_cap(rank: RankCost, usage: Usage) -> bool:
+    return rank.cores > 0 and usage.step_cpu_s + usage.step_carrying_s > FULL * rank.cores * _step_s(usage)
+
+
+def _step_s(usage: Usage) -> float:
+    return usage.step_compute_s + usage.step_sync_s
 
 
 def _clipped(value: float) -> float:

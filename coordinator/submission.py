@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from coordinator.records import Job
 from protos import documents, jobspec, limits
@@ -14,6 +15,7 @@ from protos.gen import jobs_pb2
 from protos.ids import Fence, JobId
 from protos.jobspec import JobSpec
 from protos.work import Task, TaskKind
+from strategies.data.source import MODEL_ALONE
 
 _MAX_BYTES = limits.MAX_DOCUMENT_BYTES - 256 * 1024  # all of it travels in one document: an offer, with a checkpoint
 
@@ -74,6 +76,13 @@ def of_request(request: jobs_pb2.SubmitRequest) -> Submission:
     )
 
 
+def of_model(request: jobs_pb2.IdentifyRequest) -> Submission:
+    """A model alone, to be identified. Raises as of_request."""
+    content = _json(request.model_json)
+    spec = jobspec.parse({"name": "identify", "model": content, "data": {"source": MODEL_ALONE}})
+    return Submission(spec, _manifest(request.code_json), None, None, _manifest(request.weights_json))
+
+
 def of_record(record: Job) -> Submission:
     return Submission(
         _spec(record.spec_json),
@@ -86,13 +95,19 @@ def of_record(record: Job) -> Submission:
 
 def _spec(document: bytes) -> JobSpec:
     """JSON only: what YAML allows beside it (aliases that unfold without end) is for people's own files."""
+    spec = jobspec.parse(_json(document))
+    if spec.data.source == MODEL_ALONE:
+        raise SpecError("a job needs data", "hive models identify looks at a model without any")
+    return spec
+
+
+def _json(document: bytes) -> Any:
     if len(document) > limits.MAX_JOB_SPEC_BYTES:
         raise SpecError(f"the job is over {limits.MAX_JOB_SPEC_BYTES} bytes", "put data into a file of its own")
     try:
-        content = json.loads(document)
+        return json.loads(document)
     except (ValueError, RecursionError):
         raise SpecError("the job is not JSON", "is the client a different version?") from None
-    return jobspec.parse(content)
 
 
 def _manifest(document: bytes | None) -> Manifest | None:

@@ -69,6 +69,25 @@ class Requirements:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorCut:
+    """What cutting single layers among `ranks` ranks comes to (tensor parallel), over all layers that are cut.
+
+    `parameters` and `flops_per_sample`: of what each rank holds and computes 1 / ranks. In the passes of a micro-batch,
+    forward and backward together, there are `sums` all-reduces and `gathers` all-gathers; their bytes are those of the
+    whole tensors that they make, of one sample.
+    """
+
+    ranks: int
+    layers: int
+    parameters: int
+    flops_per_sample: float
+    sums: int
+    summed_bytes_per_sample: float
+    gathers: int
+    gathered_bytes_per_sample: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelProfile:
     framework: str
     format: str
@@ -87,9 +106,15 @@ class ModelProfile:
     digest: str = ""
     why_not: str = ""  # when not trainable: the reason and how to convert
     peak_activation_bytes_per_sample: float = 0.0
-    tensor_ranks: tuple[int, ...] = ()  # among how many ranks its single layers can be cut, of those that were tried
-    why_not_tensor: str = "it was not examined"  # "" when `tensor_ranks` is not empty
+    tensor_cuts: tuple[TensorCut, ...] = ()  # one for each number of ranks that was tried and is possible
+    why_not_tensor: str = "it was not examined"  # "" when `tensor_cuts` is not empty
     why_not_cut: str = "it was not examined"  # into pipeline stages; "" when `layers` say where it can be cut
+    notes: tuple[str, ...] = ()  # what else was seen, in sentences: optimizer state, quantisation, how a file starts
+
+    @property
+    def tensor_ranks(self) -> tuple[int, ...]:
+        """Among how many ranks its single layers can be cut."""
+        return tuple(cut.ranks for cut in self.tensor_cuts)
 
     @property
     def flops_per_sample(self) -> float:
@@ -116,3 +141,18 @@ def base_requirements(parameters: int, family: Family) -> Requirements:
     elif family is Family.CNN:
         gpu_gib = max(gpu_gib, 4)
     return Requirements(float(cores), int(memory * gib), gpu_gib * gib, hours, "table")
+
+
+_TRAINED_BYTES = 16  # per parameter: fp32 weights and gradients, and Adam's two moments
+_WORKER_BYTES = 288 * 10**6  # torch itself and what a first step brings along
+_BATCH = 32
+
+
+def layer_requirements(parameters: int, family: Family, layers: tuple[LayerProfile, ...]) -> Requirements:
+    """Training with Adam in batches of 32, from FLOPs and activations of every layer. The hours stay the table's: how
+    many samples there will be is not the model's to say."""
+    table = base_requirements(parameters, family)
+    activations = sum(layer.activation_bytes_per_sample for layer in layers)
+    largest = max((layer.output_bytes_per_sample for layer in layers), default=0.0)
+    need = int(_TRAINED_BYTES * parameters + _BATCH * (1.25 * activations + 2 * largest))
+    return Requirements(table.cores, need + _WORKER_BYTES, need, table.hours, "layers")

@@ -26,6 +26,7 @@ class NodeView:
     eligibility: Eligibility
     activity: Activity
     reason: str = ""
+    mtbf_s: float | None = None  # mean time between losses of this node; None: it is never lost, as far as is known
 
     @property
     def usable(self) -> bool:
@@ -111,6 +112,7 @@ class RankCost:
     sent_bytes: float
     family: str = ""  # of layers, in which it spends most of the time
     learned: Factors = Factors()
+    cores: float = 0.0  # its share of what its node grants; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,9 @@ class Candidate:
     q: float = 0.0
     residual: float = 0.0
     visits: int = 0
+    deviation: float = 0.0  # standard deviation of ln(predicted / measured) to be expected of `seconds`
+    measured: bool = False  # step_s is that of a run of this very combination, not of the formulas
+    survival: float = 1.0  # share of the time that is left of losses of nodes; `seconds` is divided by it
     terms: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -268,3 +273,8 @@ class Plan:
     layout: Layout | None = None  # None: every rank holds the whole model
     links: tuple[LinkUse, ...] = ()
     spares: tuple[SparePlan, ...] = ()  # of a plan over several nodes, where a person reads it
+    cost_model_version: int = 0  # of the formulas that predicted it
+    trials: tuple[str, ...] = ()  # strategies to run for `trial_steps` each, this one first, before one stays
+    trial_steps: int = 0
+    expected_loss_s: float = 0.0  # of taking this strategy, for what is not known of the predictions
+    explored_loss_s: float = 0.0  # predicted, of a strategy that was taken to learn about it

@@ -80,7 +80,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     DISK_FULL = "disk_full"
     COORDINATOR_RESTARTED = "coordinator_restarted"
-    GROUP_GROWS = "group_grows"
+    REPLANNED = "replanned"
     FINISHED = "finished"
     INTERNAL = "internal"
 

@@ -137,6 +137,8 @@ class Usage:
     step_compute_s: float = 0.0  # of a usual step: passes and optimizer, without waiting for other ranks
     step_sync_s: float = 0.0  # of a usual step: waiting for other ranks
     step_bytes_sent: int = 0  # of a usual step
+    step_cpu_s: float = 0.0  # of a usual step: CPU time, without that of threads which carry collectives; 0: not known
+    step_carrying_s: float = 0.0  # of a usual step: CPU time of threads which carry collectives
 
 
 @dataclass(frozen=True, slots=True)

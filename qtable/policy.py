@@ -1,8 +1,9 @@
 """Which action a job takes: the best corrected prediction, and rarely another one that is nearly as good.
 
-Exploring never wastes a user's job: epsilon acts only inside a band around the best, on actions that are not masked,
-and only while the ledger of what exploring has cost stays under a hundredth of all job time. Pure: the generator is
-passed in.
+Exploring never wastes a user's job. Where the job is long and the first two or three are within their uncertainty, a
+few real steps of each are tried first (qtable/probing.py). Otherwise epsilon acts only inside a band around the best,
+on actions that are not masked, and only while the ledger of what exploring has cost stays under a hundredth of all
+job time. Pure: the generator is passed in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from qtable.probing import Arm, Belief, Trials, belief, expected_loss_s, trials, worth_switching
 from qtable.state import ACTIONS
 
 EPSILON = 0.1
@@ -39,7 +41,11 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`utility` per allowed action is Rhat + residual; `propensity` the probability with which `action` was taken."""
+    """`utility` per feasible action is Rhat + residual; `propensity` the probability with which `action` was taken.
+
+    `trials`: actions to be tried in this order for `trial_steps` steps each, the first is `action`; empty when none.
+    `expected_loss_s`: E[max(0, T_action - min of the others)]. `charge_s`: for the ledger, 0 unless `explored`.
+    """
 
     action: str
     reason: str
@@ -47,61 +53,89 @@ class Choice:
     explored: bool
     expected_loss_s: float
     utility: Mapping[str, float]
+    trials: tuple[str, ...] = ()
+    trial_steps: int = 0
+    charge_s: float = 0.0
 
 
 def choose(
-    predictions: Mapping[str, float],
+    arms: Mapping[str, Arm],
     mask: Collection[str],
     residuals: Mapping[str, float],
     rng: random.Random,
     ledger: Ledger,
+    *,
+    switch_s: float,
+    running: str = "",
+    probes: bool = True,
     band: float = BAND,
     epsilon: float = EPSILON,
 ) -> Choice:
-    """`predictions`: seconds per feasible action; `mask`: actions among them that must not be explored.
+    """`arms`: the feasible actions as predicted; `mask`: actions among them that must be neither explored nor tried.
 
-    Greedy on U(a) = ln(T_best / T(a)) + residual(a). Raises ValueError when nothing is feasible.
+    Greedy on U(a) = ln(T_best / T(a)) + residual(a). `switch_s`: what changing a running job from one action to another
+    costs. `running`: the action it runs now; then the times are those of what is left of the job, it is left only
+    where that saves more than twice the switch, and nothing is drawn. Raises ValueError when nothing is feasible.
     """
-    feasible = [action for action in ACTIONS if action in predictions]
-    if not feasible or any(not (0 < predictions[action] < math.inf) for action in feasible):
-        raise ValueError(f"a choice needs at least one action with a positive, finite prediction: {dict(predictions)}")
-    best_s = min(predictions[action] for action in feasible)
-    utility = {a: math.log(best_s / predictions[a]) + residuals.get(a, 0.0) for a in feasible}
-    greedy = max(feasible, key=lambda action: (utility[action], ACTIONS.index(action)))  # a tie goes to single_node
+    feasible = [action for action in ACTIONS if action in arms]
+    if not feasible or any(not (0 < arms[action].seconds < math.inf) for action in feasible):
+        raise ValueError(f"a choice needs at least one action with a positive, finite prediction: {dict(arms)}")
+    best_s = min(arms[action].seconds for action in feasible)
+    beliefs = {action: belief(arms[action], residuals.get(action, 0.0)) for action in feasible}
+    utility = {action: math.log(best_s / beliefs[action].median_s) for action in feasible}
+    ranked = sorted(feasible, key=lambda action: (-utility[action], -ACTIONS.index(action)))  # a tie: single_node
+    greedy, why = ranked[0], _why(ranked[0], arms, beliefs)
+    if running in beliefs and greedy != running:
+        gain_s = beliefs[running].median_s - beliefs[greedy].median_s
+        if not worth_switching(gain_s, switch_s):
+            why = f"{greedy} would save {gain_s:.3g} s, less than twice what changing to it costs"
+            greedy, ranked = running, [running, *(action for action in ranked if action != running)]
+    refused = {*mask, *(action for action in feasible if arms[action].seconds > FAR * best_s)} - {greedy}
+    found = trials(arms, beliefs, ranked, switch_s, refused, running) if probes else Trials()
+    if found.actions:
+        action, loss_s = found.actions[0], expected_loss_s(found.actions[0], beliefs)
+        return Choice(action, _tried(found), 1.0, False, loss_s, utility, found.actions, found.steps)
     near = [greedy]
-    for action in feasible:
-        loss_s = _loss_s(predictions, residuals, greedy, action)
+    for action in feasible if not running else ():
         in_band = utility[action] >= utility[greedy] - math.log1p(band)
-        far = predictions[action] > FAR * best_s
-        if action != greedy and in_band and not far and action not in mask and ledger.affords(loss_s):
+        affordable = ledger.affords(_charge_s(beliefs, greedy, action))
+        if action != greedy and in_band and action not in refused and affordable:
             near.append(action)
-    if len(near) == 1:
-        return Choice(greedy, _why(greedy, predictions, utility), 1.0, False, 0.0, utility)
     share = epsilon / len(near)
-    draw = rng.random()
-    taken = near[1 + min(int(draw / share), len(near) - 2)] if draw < share * (len(near) - 1) else greedy
-    if taken == greedy:
-        return Choice(greedy, _why(greedy, predictions, utility), 1.0 - share * (len(near) - 1), False, 0.0, utility)
-    loss_s = _loss_s(predictions, residuals, greedy, taken)
-    reason = f"tried although {greedy} is predicted {loss_s:.3g} s faster: within {band:.0%} of it"
-    return Choice(taken, reason, share, True, loss_s, utility)
+    kept = 1.0 - share * (len(near) - 1)
+    draw = rng.random() if len(near) > 1 else 1.0
+    if draw >= share * (len(near) - 1):
+        return Choice(greedy, why, kept, False, expected_loss_s(greedy, beliefs), utility)
+    taken = near[1 + min(int(draw / share), len(near) - 2)]
+    charge_s = _charge_s(beliefs, greedy, taken)
+    reason = f"tried although {greedy} is predicted {charge_s:.3g} s faster: within {band:.0%} of it"
+    return Choice(taken, reason, share, True, expected_loss_s(taken, beliefs), utility, charge_s=charge_s)
 
 
-def _loss_s(predictions: Mapping[str, float], residuals: Mapping[str, float], greedy: str, other: str) -> float:
-    """Corrected prediction of `other` minus that of `greedy`: T e^-residual, as a residual is ln(T_pred / T_meas)."""
-    after = {action: predictions[action] * math.exp(-residuals.get(action, 0.0)) for action in (greedy, other)}
-    return max(0.0, after[other] - after[greedy])
+def _charge_s(beliefs: Mapping[str, Belief], greedy: str, other: str) -> float:
+    """Corrected prediction of `other` minus that of `greedy`."""
+    return max(0.0, beliefs[other].median_s - beliefs[greedy].median_s)
 
 
-def _why(greedy: str, predictions: Mapping[str, float], utility: Mapping[str, float]) -> str:
-    if len(predictions) == 1:
+def _tried(found: Trials) -> str:
+    first, *others = found.actions
+    then = f", then {', '.join(others)}" if others else ""
+    each = " each" if others else ""
+    return (
+        f"tries {first}{then} for {found.steps} steps{each}: too close to call by prediction, knowing their steps is "
+        f"expected to save {found.gain_s:.3g} s and costs {found.cost_s:.3g} s"
+    )
+
+
+def _why(greedy: str, arms: Mapping[str, Arm], beliefs: Mapping[str, Belief]) -> str:
+    arm = arms[greedy]
+    if len(arms) == 1:
         return "the only feasible strategy"
-    if predictions[greedy] <= min(predictions.values()):
+    if arm.measured:
+        return "the same was measured before"
+    if arm.seconds <= min(other.seconds for other in arms.values()):
         return "the shortest prediction"
-    return f"earlier jobs like this one corrected its prediction by {-_correction(greedy, predictions, utility):+.0%}"
+    return f"earlier jobs like this one corrected its prediction by {beliefs[greedy].median_s / arm.seconds - 1:+.0%}"
 
 
-def _correction(action: str, predictions: Mapping[str, float], utility: Mapping[str, float]) -> float:
-    """The share by which the correction shortens the prediction of `action`."""
-    residual = utility[action] - math.log(min(predictions.values()) / predictions[action])
-    return 1.0 - math.exp(-residual)
+__all__ = ["BAND", "EPSILON", "FAR", "LEDGER_SHARE", "Arm", "Choice", "Ledger", "choose"]

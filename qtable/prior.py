@@ -27,9 +27,9 @@ class Prior:
     q0: Array
     cost_model_version: int
 
-    def table(self) -> QTable:
-        """A table that has learned nothing yet."""
-        return QTable.fresh(self.q0, self.cost_model_version)
+    def table(self, origin: str = "") -> QTable:
+        """A table that has learned nothing yet; `origin`: whose it is."""
+        return QTable.fresh(self.q0, self.cost_model_version, origin)
 
 
 def prior_document(q0: Array, cost_model_version: int, seed: int, worlds: int) -> dict[str, Any]:

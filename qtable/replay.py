@@ -6,11 +6,11 @@ an old formula says nothing about a new one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qtable.reward import reward
-from qtable.state import StateKey
+from qtable.state import SHAPE, StateKey
 from qtable.table import QTable
 
 
@@ -24,6 +24,14 @@ class OutcomeRecord:
     predicted_s: float
     measured_s: float
     cost_model_version: int
+
+
+def key_of(state: Sequence[int]) -> StateKey:
+    """The cell that an event names. Raises ValueError when there is no such cell, TypeError when it is none at all."""
+    key = StateKey(*(int(part) for part in state))
+    if any(not 0 <= part < size for part, size in zip(key, SHAPE, strict=False)):
+        raise ValueError(f"no such cell: {key}")
+    return key
 
 
 def apply(table: QTable, record: OutcomeRecord) -> bool:

@@ -2,7 +2,8 @@
 
 A snapshot only spares a replay of the log: losing it loses nothing. A document is taken only when its digest, bins,
 actions, shapes and numbers are right; otherwise the next older generation is tried, and the reason is told.
-Invariant: a kill at any moment leaves at least one valid generation once one was written.
+Q, n, mean and M2 are what the contributions give put together, and are checked against them. The same document is what
+another coordinator imports. Invariant: a kill at any moment leaves at least one valid generation once one was written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qtable.contribution import Contribution
 from qtable.policy import Ledger
 from qtable.state import ACTIONS, BINS, SHAPE
 from qtable.table import ARRAYS, QTable
@@ -46,6 +48,8 @@ def document(table: QTable, ledger: Ledger) -> dict[str, Any]:
         "cost_model_version": table.cost_model_version,
         "last_event_seq": table.last_seq,
         "ledger": {"job_s": ledger.job_s, "loss_s": ledger.loss_s},
+        "origin": table.origin,
+        "contributions": {origin: {"seq": part.seq, **part.cells()} for origin, part in table.contributions().items()},
     }
     body |= {_NAMES[name]: getattr(table, name).ravel().tolist() for name in ARRAYS}
     return body | {"sha256": checksum(body)}
@@ -61,23 +65,29 @@ def parse(text: str | bytes) -> tuple[QTable, Ledger]:
     """Raises ValueError with the first thing that is wrong."""
     try:
         body = json.loads(text, parse_constant=_refuse)
+        if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+            raise ValueError(f"not a document of schema {SCHEMA}")
+        if body.get("sha256") != checksum(body):
+            raise ValueError("its checksum does not match: damaged")
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(body, dict) or body.get("schema") != SCHEMA:
-        raise ValueError(f"not a document of schema {SCHEMA}")
-    if body.get("sha256") != checksum(body):
-        raise ValueError("its checksum does not match: damaged")
     bins = {name: list(edges) for name, edges in BINS.items()}
     if (body.get("bins"), body.get("actions"), body.get("shape")) != (bins, list(ACTIONS), list(SHAPE)):
         raise ValueError("it was written with other bins or actions")
     try:
         arrays = {name: np.array(body[_NAMES[name]], dtype=np.float64).reshape(SHAPE) for name in ARRAYS}
         version, last_seq = int(body["cost_model_version"]), int(body["last_event_seq"])
-        table = QTable(**arrays, cost_model_version=version, last_seq=last_seq)
+        parts = {
+            str(origin): Contribution.of_cells(int(part["seq"]), part)
+            for origin, part in dict(body["contributions"]).items()
+        }
+        table = QTable(arrays["q0"], version, last_seq, str(body["origin"]), parts)
         ledger = Ledger(float(body["ledger"]["job_s"]), float(body["ledger"]["loss_s"]))
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"a field is missing or of the wrong type: {error}") from None
-    table.check()
+    for name in ARRAYS:
+        if not np.array_equal(getattr(table, name), arrays[name]):
+            raise ValueError(f"{_NAMES[name]} is not what its contributions add up to")
     return table, ledger
 
 

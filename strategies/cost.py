@@ -16,7 +16,7 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 4
+COST_MODEL_VERSION = 5
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time
@@ -31,6 +31,8 @@ EVALUATION_FACTOR = 1.0  # forward only
 COLLECTIVE_S = 2e-4  # of any collective on a whole core: handed to gloo's threads and back
 GROUP_STEP_S = 1.1e-3  # the same for all that a group of whole models does in a step: hooks, buckets, who is in
 PASS_BYTES = 12  # per parameter and pass, whatever its rows: weight read forward and backward, gradient written
+KEPT_S = 0.05  # how long what a cap allows and nobody used is kept: half of the kernel's period of 0.1 s on average
+KEPT_BY_DUTY_S = 0.25  # the same where workers are stopped and continued (node/duty_cycle.py)
 CALIBRATED_LAYERS = {"matmul": 5, "conv": 7, "rnn": 2, "embedding": 3, "tiny": 3}  # of strategies/calibrate_torch.py
 
 _UNMEASURED_FLOPS_PER_CORE = 4e9
@@ -142,6 +144,31 @@ def stretched_s(seconds: float, capacity: Capacity) -> float:
 def core_share(capacity: Capacity) -> float:
     """Of one core, 0..1."""
     return min(1.0, max(capacity.cores, 0.01))
+
+
+def burst_share(capacity: Capacity) -> float:
+    """Of its full speed, what a worker that never waits has of it: below 1 where its threads could use more."""
+    threads = max(1, round(capacity.cores))
+    return 1.0 if capacity.gpus else min(1.0, max(capacity.cores, 0.01) / threads)
+
+
+def kept_s(capacity: Capacity) -> float:
+    return KEPT_BY_DUTY_S if capacity.cpu_mechanism == "duty_cycle" else KEPT_S
+
+
+def in_group_s(
+    compute_s: float, network_s: float, carrying_s: float, capacity: Capacity, overlap: float = OVERLAP, waits: int = 1
+) -> float:
+    """A step of a rank that computes and waits for others.
+
+    `compute_s` is under its cap, as if it never waited. What it may use and does not use while it waits, it uses
+    afterwards: it then computes at up to full speed. But that is kept for a moment only (`kept_s`), at each of its
+    `waits`. In the long run it gets no more than its cap: computing and carrying messages together take
+    so much in any case.
+    """
+    spared_s = min(network_s, waits * kept_s(capacity))
+    burst_s = max(burst_share(capacity) * compute_s, compute_s - spared_s)
+    return max(compute_s + carrying_s, mix(burst_s, network_s, overlap))
 
 
 def optimizer_s(parameters: float, capacity: Capacity, train: TrainSpec) -> float:

@@ -16,7 +16,7 @@ from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, placed_of, reasons_of, train_subtasks
 from strategies.cost import Speed
 from strategies.grouping import close_groups, group_reasons, groups
-from strategies.links import Link, download_s, link_between, link_uses, overlap_over, ranks_of, ring_traffic
+from strategies.links import Link, carrying_s, download_s, link_between, link_uses, overlap_over, ranks_of, ring_traffic
 from strategies.memory import largest_micro_batch, worker_bytes
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.single_node import memory_reason, micro_batches
@@ -151,7 +151,17 @@ def _on(
     sync = cost.synchronise(
         len(members), profile.parameters, compute_s, link.rtt_s, link.bytes_per_s, inputs.spec.sync.compression
     )
-    overlapped_s = cost.mix(compute_s, sync.network_s + sync.codec_s, overlap_over(network))
+    network_s, sent = sync.network_s + sync.codec_s, sync.bytes / len(members)
+    overlapped_s = max(
+        cost.in_group_s(
+            member.compute_s(count, micro),
+            network_s,
+            carrying_s(network, network_s, sent, 0, member.node),
+            member.node.capacity,
+            overlap_over(network),
+        )
+        for member, count, micro in shares
+    )
     exposed_s, step_s = overlapped_s - compute_s, overlapped_s + optimizer_s
     startup_s = cost.startup_s(len(members))
     transfer_s = max(download_s(data.bytes, member.node) for member in members)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import ErrorCode, SpecError
+from protos.model import Family
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -20,11 +21,25 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 NO_WEIGHTS = "none"  # model.weights of a job that starts from the seed
 MAX_CONFIG_BYTES = 4 << 20
-_MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 64 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_SIZE = 2**31 - 1  # of a width, a vocabulary, a length
+MAX_COUNT = 16_384  # of layers, heads, experts: each is a module to build
+_COUNTED = ("layers", "n_layer", "depth", "blocks", "heads", "n_head", "experts", "stages")
+_SIZED = ("size", "dim", "width", "channels", "d_model", "n_embd", "d_ff", "positions", "labels")
 _ATTENTIONS = (None, "eager", "sdpa")
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_FAMILY_OF_TYPE = {"patchtsmixer": Family.MLP}  # whose layers are called attention and only weigh their own input
+_TASK_OF_ENDING = {  # of a class of transformers
+    "Classification": "classification",
+    "ForMultipleChoice": "classification",
+    "ForCausalLM": "language_model",
+    "LMHeadModel": "language_model",
+    "ForMaskedLM": "language_model",
+    "ForConditionalGeneration": "language_model",
+    "ForSeq2SeqLM": "language_model",
+}
 
 
 def travelling_files(folder: Path, weights: str | None) -> dict[str, Path]:
@@ -64,15 +79,20 @@ def _weights(folder: Path) -> list[str]:
 
 def indexed_files(index: Path) -> list[str]:
     """The files that an index names, each once; all lie beside it. Raises SpecError."""
-    document = read_json(index, _MAX_INDEX_BYTES)
+    document = read_json(index, MAX_INDEX_BYTES)
     where = document.get("weight_map")
     if not isinstance(where, dict) or not where:
         raise _unusable(f"{index.name} has no weight_map", "fetch the directory again")
     found = list(dict.fromkeys(where.values()))
     for file in found:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not is_beside(file):
             raise _unusable(f"{index.name} names {str(file)[:80]!r}, which is no .safetensors file beside it", "")
     return sorted(found)
+
+
+def is_beside(file: object) -> bool:
+    """Whether an index may name this file."""
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
 
 
 def read_json(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -95,6 +115,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise _unusable(
             f"{CONFIG_FILE} names no model_type", "it is the config.json that save_pretrained of transformers writes"
         )
+    check_sizes(config)
     for key, value in _entries(config):
         if key in _CODE_KEYS and value:
             raise _unusable(
@@ -108,6 +129,32 @@ def check_config(config: Mapping[str, Any]) -> None:
             )
         if key == "quantization_config" and value:
             raise _unusable("the model is quantised and cannot be trained", "start from the weights it was made from")
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises SpecError for a model so large that only building it would exhaust a machine."""
+    for key, value in _entries(config):
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if type(each) in (int, float)]
+        name = str(key).lower()
+        limit = MAX_COUNT if any(word in name for word in _COUNTED) else MAX_SIZE
+        if (limit is MAX_COUNT or any(word in name for word in _SIZED)) and any(each > limit for each in numbers):
+            raise _unusable(
+                f"{name[:80]} of {CONFIG_FILE} is over the limit of {limit}", "is it a model's configuration?"
+            )
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """What the first of `architectures` is for, as a profile names it; None where it does not say."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    if not isinstance(first, str):
+        return None
+    return next((task for ending, task in _TASK_OF_ENDING.items() if ending in first), None)
+
+
+def family_of_type(model_type: str) -> Family | None:
+    """Of a model whose family its layers do not show; None for all others."""
+    return _FAMILY_OF_TYPE.get(model_type)
 
 
 def _entries(document: object) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from protos.errors import Blame, ErrorCode, SpecError
 from protos.jobspec import ModelSpec
@@ -70,11 +72,24 @@ def build(directory: Path, spec: ModelSpec, seed: int) -> nn.Module:
     architecture = _architecture(config, spec)
     torch.manual_seed(seed)
     try:
-        model: nn.Module = architecture(config)
+        fake = isinstance(torch.empty(0), FakeTensor)
+        with _without_values() if fake else nullcontext():
+            model: Any = architecture(config)
+        if fake:
+            model.tie_weights()  # which belongs to what gives values
     except Exception as error:
         raise UserCodeError(f"building the model of {spec.source}") from error
-    model.register_forward_hook(_without_logits)
-    return model
+    module: nn.Module = model
+    module.register_forward_hook(_without_logits)
+    return module
+
+
+def _without_values() -> AbstractContextManager[None]:
+    """For tensors without storage: giving them values takes long, and some ways to do it look at the values."""
+    from transformers.initialization import no_init_weights
+
+    context: AbstractContextManager[None] = no_init_weights()
+    return context
 
 
 def _without_logits(_: nn.Module, __: Any, output: Any) -> Tensor | None:
@@ -159,12 +174,21 @@ def _architecture(config: Any, spec: ModelSpec) -> Callable[[Any], nn.Module]:
             f"give the task: model.args: {{task: sequence_classification}}, or one of {', '.join(TASKS)}",
             code=_CODE,
         )
-    if not isinstance(config, getattr(found, "config_class", None) or type(config)):
+    if not (isinstance(config, getattr(found, "config_class", None) or type(config)) or _is_mapped(config, found)):
         raise SpecError(
             f"{named} is not built from a {config.model_type} configuration", "correct architectures", code=_CODE
         )
     chosen: Callable[[Any], nn.Module] = found
     return chosen
+
+
+def _is_mapped(config: Any, architecture: type) -> bool:
+    """Whether an Auto class builds it from such a configuration: some types share the classes of another."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = (getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("_MAPPING"))
+    built = (mapping[type(config)] for mapping in mappings if type(config) in mapping)
+    return any(architecture in (each if isinstance(each, (tuple, list)) else (each,)) for each in built)
 
 
 def _of_task(transformers: ModuleType, config: Any, task: object) -> Callable[[Any], nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from statistics import geometric_mean
@@ -19,7 +20,7 @@ from protos.capacity import Capacity, FamilyRate, LinkEstimate
 from protos.ids import NodeId
 from protos.jobspec import StrategyName, TrainSpec
 from protos.model import ModelProfile
-from protos.plan import Basis, ClusterView, Factors, Learned, NodeView, Work
+from protos.plan import Basis, ClusterView, CostEstimate, Factors, Learned, NodeView, Work
 from strategies import cost
 from strategies.links import link_between, network_between
 
@@ -48,9 +49,11 @@ def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -
     """The estimate with its keys, and with the measured step where there is one. `inputs` are the uncorrected ones."""
     estimate, work = placed.cost, WORK_OF[strategy]
     nodes = {node.node_id: node for node in inputs.cluster.nodes}
+    here = Counter(rank.node_id for rank in estimate.ranks)
     ranks = tuple(
         replace(
             rank,
+            cores=nodes[rank.node_id].capacity.cores / here[rank.node_id],
             family=family_of(inputs.profile, nodes[rank.node_id].capacity),
             learned=factors_of(inputs, nodes[rank.node_id], work),
         )
@@ -64,6 +67,24 @@ def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -
     steps = cost.assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     seconds = max(0.0, estimate.seconds + steps * (step_s - estimate.step_s))
     return replace(placed, cost=replace(estimate, seconds=seconds, step_s=step_s, ranks=ranks, basis=basis))
+
+
+def with_running(learned: Learned, estimate: CostEstimate, step_s: float) -> Learned:
+    """The same, and what a group that runs now takes for a step.
+
+    A node that works alone and is slower than predicted would be so in any other plan, too: it has other things to do,
+    or its rates were wrong. Of several nodes nothing of the kind can be said: waiting may be what takes them long.
+    """
+    basis = estimate.basis
+    if basis is None:
+        return learned
+    steps = {**learned.steps, basis.combination: step_s}
+    if len(estimate.ranks) != 1 or not estimate.step_s > 0:
+        return replace(learned, steps=steps)
+    (rank,) = estimate.ranks
+    factor = rank.learned.work * step_s / estimate.step_s
+    models = {**learned.models, **{(rank.node_id, basis.model, work): factor for work in Work}}
+    return replace(learned, steps=steps, models=models)
 
 
 def factors_of(inputs: Inputs, node: NodeView, work: Work) -> Factors:

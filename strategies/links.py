@@ -22,6 +22,8 @@ LOOPBACK = "loopback"
 LOOPBACK_RTT_S = 0.0001
 LOOPBACK_BYTES_PER_S = 1.5e9  # gloo all-reduce of 100 MB between two processes
 LOOPBACK_CORE_BYTES_PER_S = 2e9  # the same for each second of one core: what a cap below that lets through
+LAN_CORE_BYTES_PER_S = 1e9  # of a second of one core, sent and received between machines
+CARRIED_S = 7e-4  # of a core, for each collective of a layer: gloo's threads wake up, add and send
 LAN_RTT_S = 0.001  # assumed until measured
 ALIKE = 1.5  # links whose speeds differ by less are taken as equally fast
 LAN_BYTES_PER_S = 117e6  # 1 Gbit/s less the TCP/IP headers, assumed until measured
@@ -102,6 +104,15 @@ def download_s(size_bytes: int, node: NodeView) -> float:
 def overlap_over(network: str) -> float:
     """g of cost.mix: over loopback the cores that compute also copy, so that nothing is won by doing both at once."""
     return 1.0 if network == LOOPBACK else cost.OVERLAP
+
+
+def carrying_s(network: str, network_s: float, sent_bytes: float, collectives: int, node: NodeView) -> float:
+    """What exchanging so much takes of the node's own cores, under its cap: over loopback there is nothing else."""
+    if node.capacity.gpus:
+        return 0.0
+    per_core = LOOPBACK_CORE_BYTES_PER_S if network == LOOPBACK else LAN_CORE_BYTES_PER_S
+    seconds = (sent_bytes / per_core + collectives * CARRIED_S) / max(node.capacity.cores, 0.01)
+    return max(seconds, network_s) if network == LOOPBACK else seconds
 
 
 Traffic = Mapping[tuple[NodeId, NodeId], tuple[float, float]]

@@ -2,8 +2,8 @@
 
 Sharded: every rank keeps 1/k of weights, gradients and optimizer state and gathers each block while it runs, so a model
 larger than any node trains. Tensor: every rank computes a part of each linear layer on the whole batch; only for very
-short round trips. The faster is the plan. Where every node holds the whole model both are left out unless the job file
-names the strategy: data_parallel does the same work and sends less.
+short round trips. The faster is the plan. Where every node holds the whole model shards are left out unless the job
+file names the strategy: data_parallel does the same work and sends less.
 """
 
 from __future__ import annotations
@@ -67,9 +67,8 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
     asked, bounds = inputs.options(StrategyName.MODEL_PARALLEL), inputs.spec.nodes
     train, holding = inputs.spec.train, inputs.holding
     speeds = {node.node_id: cost.speed(inputs.profile, node.capacity, train) for node in inputs.eligible}
-    needed = inputs.spec.strategy != "auto" or not _whole_everywhere(inputs)
-    parts = asked.kind != SHARDED and needed and not _why_no_tensor(inputs)
-    shards = asked.kind != TENSOR and needed
+    parts = asked.kind != SHARDED and not _why_no_tensor(inputs)
+    shards = asked.kind != TENSOR and not (inputs.spec.strategy == "auto" and _whole_everywhere(inputs))
     for group in close_groups(inputs):
         units = sorted(
             (node for node in group.nodes for _ in range(ranks_of(node))),
@@ -86,8 +85,7 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
             found = None if ranks is None else sharded(inputs, ranks)
             if found is not None:
                 yield found
-            even = count in inputs.profile.tensor_ranks
-            cut = tensor(inputs, Ranks(together(units[:count]), group.network)) if parts and even else None
+            cut = tensor(inputs, Ranks(together(units[:count]), group.network)) if parts else None
             if cut is not None:
                 yield cut
 
@@ -109,19 +107,10 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
         (group.nodes for group in groups(inputs)), key=lambda group: sum(b.capacity.memory_bytes for b in group)
     )
     if asked.kind == TENSOR:
-        if why := _why_no_tensor(inputs):
-            return (why,)
-        if asked.ranks is not None and asked.ranks not in inputs.profile.tensor_ranks:
-            able = ", ".join(map(str, inputs.profile.tensor_ranks))
-            return (f"tensor parallel: no layer can be cut among {asked.ranks} ranks; among {able} it can",)
-        link = worst_link(inputs.cluster, nodes)
-        if link.rtt_s > TENSOR_RTT_S:
-            return (
-                f"tensor parallel: a round trip of {1000 * link.rtt_s:.1f} ms is over {1000 * TENSOR_RTT_S:.0f} ms",
-            )
-        return ("tensor parallel: what is not cut (embeddings, activations of one sample) fits no node",)
+        return (_no_tensor(inputs, asked.ranks, nodes),)
     if inputs.spec.strategy == "auto" and _whole_everywhere(inputs):
-        return ("every node holds the whole model: data_parallel does the same work and sends less",)
+        sharing = "every node holds the whole model: data_parallel does the same work as shards and sends less"
+        return (sharing, _no_tensor(inputs, asked.ranks, nodes))
     ranks = asked.ranks or _most_ranks(nodes)
     if inputs.spec.train.batch_size < (asked.ranks or 2):
         return (f"a batch of {inputs.spec.train.batch_size} samples has none for each of {asked.ranks or 2} ranks",)
@@ -131,3 +120,17 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
         f"needs {gib(need)} for each of {ranks} shards and one sample, {SHARE:.0%} of what {roomiest.name} grants is "
         f"{gib(budget_bytes(roomiest.capacity))}",
     )
+
+
+def _no_tensor(inputs: Inputs, ranks: int | None, nodes: Sequence[NodeView]) -> str:
+    if why := _why_no_tensor(inputs):
+        return why
+    able = inputs.profile.tensor_ranks
+    most = sum(map(ranks_of, nodes))
+    if min(able) > most if ranks is None else ranks not in able:
+        several = ", ".join(map(str, able))
+        return f"tensor parallel: no layer can be cut among {ranks or most} ranks; among {several} it can"
+    link = worst_link(inputs.cluster, nodes)
+    if link.rtt_s > TENSOR_RTT_S:
+        return f"tensor parallel: a round trip of {1000 * link.rtt_s:.1f} ms is over {1000 * TENSOR_RTT_S:.0f} ms"
+    return "tensor parallel: what is not cut (embeddings, activations of one sample) fits no node"

@@ -8,6 +8,7 @@ then the optimizer. Returns None when a stage does not fit. Invariant: every rep
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -216,13 +217,23 @@ def _pass(
     inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit, ...], rows: float, micro_batches: int
 ) -> _Passing:
     compute = [float(unit.host.compute_s(rows)[piece]) for piece, unit in zip(shape.pieces, chain, strict=True)]
+    burst = [cost.burst_share(unit.node.capacity) * seconds for seconds, unit in zip(compute, chain, strict=True)]
     sent = [
         transfer_s(link_between(inputs.cluster, a.node, b.node), rows * float(segments.cut_bytes[cut]))
         for (a, b), cut in zip(pairwise(chain), shape.cuts[1:], strict=False)
     ]
+    # as cost.in_group_s: stages wait for each micro-batch
+    spared_s = micro_batches * min(cost.kept_s(unit.node.capacity) for unit in chain)
+    waiting_s = _filled_s(compute, sent, micro_batches)
+    seconds = max(_filled_s(burst, sent, micro_batches), waiting_s - spared_s, micro_batches * max(compute))
+    bubble_s = min(sum(compute) - max(compute), seconds - micro_batches * max(compute))
+    return _Passing(seconds, micro_batches * max(compute), bubble_s)
+
+
+def _filled_s(compute: Sequence[float], sent: Sequence[float], micro_batches: int) -> float:
+    """From the first micro-batch into the first stage to the last one out of it."""
     slowest_s = max(cost.mix(c, p) for c, p in zip(compute, [*sent, 0.0], strict=True))
-    seconds = sum(compute) + sum(sent) + (micro_batches - 1) * slowest_s
-    return _Passing(seconds, micro_batches * max(compute), sum(compute) - max(compute))
+    return sum(compute) + sum(sent) + (micro_batches - 1) * slowest_s
 
 
 def _memory(

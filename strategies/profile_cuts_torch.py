@@ -13,13 +13,12 @@ from itertools import accumulate
 from torch import nn
 from torch.export.graph_signature import InputKind
 
-from protos.errors import SpecError
 from protos.jobspec import JobSpec, StrategyName
-from protos.model import Family, LayerProfile, ModelProfile
+from protos.model import Family, LayerProfile, ModelProfile, TensorCut
 from strategies.cut_points_torch import CutPoints, last_module
 from strategies.graph_torch import CannotTrace
 from strategies.split_torch import Cuttable
-from strategies.tensor_plan_torch import derive
+from strategies.tensor_cut_torch import tensor_cuts
 
 TENSOR_RANKS = (2, 3, 4, 6, 8, 12, 16)
 TENSOR_FAMILIES = (Family.TRANSFORMER, Family.MLP, Family.LINEAR)
@@ -55,20 +54,19 @@ def with_cuts(
         return layers, error.message
 
 
-def with_tensor(spec: JobSpec, profile: ModelProfile, model: nn.Module) -> tuple[tuple[int, ...], str]:
-    """Among how many ranks single layers can be cut (tensor parallel), and why not at all or ""."""
+def with_tensor(
+    spec: JobSpec,
+    profile: ModelProfile,
+    model: nn.Module,
+    layers: tuple[LayerProfile, ...],
+    wanted_bytes: Mapping[str, float],
+) -> tuple[tuple[TensorCut, ...], str]:
+    """How single layers can be cut (tensor parallel), for each number of ranks, and why not at all or ""."""
     if why := why_not_examined(spec, profile.parameters):
         return (), why
     if profile.family not in TENSOR_FAMILIES:
         return (), f"it is for transformers and perceptrons, this is a {profile.family.value} model"
-    found, why = [], ""
-    for ranks in TENSOR_RANKS:
-        try:
-            derive(model, ranks)
-            found.append(ranks)
-        except SpecError as error:
-            why = why or error.message
-    return tuple(found), "" if found else why
+    return tensor_cuts(model, TENSOR_RANKS, layers, wanted_bytes)
 
 
 def described(layers: tuple[LayerProfile, ...], points: CutPoints) -> tuple[tuple[LayerProfile, ...], str]:

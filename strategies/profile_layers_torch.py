@@ -33,6 +33,7 @@ class ModuleTrace:
     output_bytes: int = 0
     output_shape: tuple[int, ...] | None = None
     recurrent_flops: float = 0.0
+    wanted_bytes: int = 0  # of its inputs of which a gradient is wanted
 
 
 @dataclass(slots=True)
@@ -98,7 +99,8 @@ def trace(model: nn.Module, forward: Callable[[], Any], loss: Callable[[Any], ob
 
     def before(module: nn.Module, arguments: Any) -> None:
         running.append(names[id(module)])
-        entry(running[-1])
+        inputs = [tensor for tensor in tensors_in(arguments) if tensor.requires_grad]
+        entry(running[-1]).wanted_bytes += sum(tensor.numel() * tensor.element_size() for tensor in inputs)
 
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
         done = entry(running.pop())
@@ -187,6 +189,15 @@ def layers(model: nn.Module, first: Trace, second: Trace, batches: tuple[int, in
             )
         )
     return tuple(profiles)
+
+
+def wanted_bytes(first: Trace, second: Trace, batches: tuple[int, int]) -> dict[str, float]:
+    """Of every module that ran: bytes per sample of its inputs of which a gradient is wanted."""
+    grow = batches[1] - batches[0]
+    return {
+        name: max(second.modules.get(name, small).wanted_bytes - small.wanted_bytes, 0) / grow
+        for name, small in first.modules.items()
+    }
 
 
 def loss_bytes(first: Trace, second: Trace, batches: tuple[int, int]) -> float:

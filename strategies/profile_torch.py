@@ -47,6 +47,7 @@ from strategies.profile_layers_torch import (
     parameter_bytes,
     parameter_count,
     trace,
+    wanted_bytes,
 )
 from strategies.split_torch import Cuttable, trace_exported, trace_model
 from strategies.train_loop_torch import open_data
@@ -58,6 +59,7 @@ _FLOPS_PER_CORE = 10e9  # an ordinary core, for the hours of a requirement; plan
 _STACK_BEFORE_S = 2.0  # the node ends what takes longer than its deadline
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ATTENTION = ("attention", "attn", "transformer")
+_RECURRENT = ("mamba", "rwkv", "xlstm")  # state spaces and their like: one state is carried along the sequence
 _GRAPH = ("gcn", "gatconv", "sageconv", "messagepassing", "graphconv")
 
 
@@ -75,13 +77,13 @@ class Built:
         return layers(self.model, self.small, self.large, BATCHES)
 
 
-def identify(context: TaskContext) -> Outcome:
-    """Outcome.document is an Identification as JSON; a model or data that cannot be used is a fault."""
+def identify(context: TaskContext, look: Callable[[TaskContext], Identification] | None = None) -> Outcome:
+    """Outcome.document is an Identification as JSON; a model or data that cannot be used is a fault. `look`: at what,
+    in place of the model and its data."""
     code_dir = context.workspace.code_dir
     try:
         with stack_shown_after(max(context.task.deadline_s - _STACK_BEFORE_S, context.task.deadline_s / 2)):
-            dataset, test = open_data(context)
-            identification = describe(context, dataset, test)
+            identification = look(context) if look is not None else describe(context, *open_data(context))
         return Outcome(AttemptState.DONE, document=documents.encode(identification).decode())
     except Exception as error:
         fault = fault_of(error, code_dir)
@@ -107,12 +109,13 @@ def describe(context: TaskContext, dataset: Dataset, test: Dataset | None) -> Id
     single = dataset.feature_shapes if isinstance(dataset.feature_shapes, tuple) else None
     profile = profile_of(built, spec, data, single)
     found, why_not_cut = with_cuts(built.layers, spec, profile.parameters, lambda: cuttable(built, spec, batch))
-    ranks, why_not_tensor = with_tensor(spec, profile, built.model)
+    wanted = wanted_bytes(built.small, built.large, BATCHES)
+    cuts, why_not_tensor = with_tensor(spec, profile, built.model, built.layers, wanted)
     profile = replace(
         profile,
         layers=condensed(found, LAYERS_LIMIT),
         why_not_cut=why_not_cut,
-        tensor_ranks=ranks,
+        tensor_cuts=cuts,
         why_not_tensor=why_not_tensor,
     )
     if context.task.code is not None and code_dir is not None:
@@ -219,7 +222,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 def _shapes(features: torch.Tensor | dict[str, torch.Tensor]) -> str:
     named = features if isinstance(features, dict) else {"features": features}
-    return ", ".join(f"{name} {list(value.shape)} {_dtype(value.dtype)}" for name, value in named.items())
+    return ", ".join(f"{name} {list(value.shape)} {dtype_name(value.dtype)}" for name, value in named.items())
 
 
 def profile_of(built: Built, spec: JobSpec, data: DataProfile, input_shape: tuple[int, ...] | None) -> ModelProfile:
@@ -235,7 +238,7 @@ def profile_of(built: Built, spec: JobSpec, data: DataProfile, input_shape: tupl
         parameters=parameters,
         bytes=parameter_bytes(built.model),
         trainable=True,
-        dtypes=tuple(sorted({_dtype(value.dtype) for value in built.model.parameters()})),
+        dtypes=tuple(sorted({dtype_name(value.dtype) for value in built.model.parameters()})),
         input_shape=input_shape,
         complexity=complexity_of(parameters),
         layers=found,
@@ -286,7 +289,7 @@ def condensed(found: tuple[LayerProfile, ...], limit: int) -> tuple[LayerProfile
     return tuple(joined)
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     return _DTYPES.get(name, name)
 
@@ -298,12 +301,15 @@ def family_of(found: tuple[LayerProfile, ...], attention: bool) -> tuple[Family,
         (Family.CNN, lambda name: "conv" in name),
         (Family.RNN, lambda name: any(kind in name for kind in ("lstm", "gru", "rnn"))),
     )
-    if attention or any(mark in name for name in names for mark in _ATTENTION):
+    if attention or any(map(attends, names)):
         return Family.TRANSFORMER, 1.0
+    if any(mark in name for name in names for mark in _RECURRENT):
+        return Family.RNN, 1.0
     if any(mark in name for name in names for mark in _GRAPH):
         return Family.GNN, 0.9
     embeds = any("embedding" in name for name in names)
-    if embeds and any(name in ("layernorm", "rmsnorm") for name in names):
+    recurs = any(rules[1][1](name) for name in names)
+    if embeds and not recurs and any(name.endswith(("layernorm", "rmsnorm")) for name in names):
         return Family.TRANSFORMER, 0.7
     work = {
         family: sum(layer.flops_per_sample or 1.0 for layer in found if is_kind(layer.kind.lower()))
@@ -320,6 +326,12 @@ def family_of(found: tuple[LayerProfile, ...], attention: bool) -> tuple[Family,
     if linear:
         return Family.MLP, 1.0
     return Family.UNKNOWN, 0.5
+
+
+def attends(kind: str) -> bool:
+    """Whether a class of that name computes attention: those that only call themselves so carry a state."""
+    name = kind.lower()
+    return any(mark in name for mark in _ATTENTION) and not any(mark in name for mark in _RECURRENT)
 
 
 def task_of(spec: JobSpec, found: tuple[LayerProfile, ...], family: Family) -> str:

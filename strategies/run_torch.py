@@ -13,7 +13,9 @@ from protos.states import AttemptState
 from protos.work import Outcome, TaskKind
 from strategies.calibrate_torch import calibrate
 from strategies.context import TaskContext
+from strategies.data.source import MODEL_ALONE
 from strategies.faults_torch import fault_of
+from strategies.profile_model_torch import describe_model
 from strategies.profile_torch import identify
 from strategies.train_loop_torch import train
 
@@ -30,6 +32,6 @@ def _dispatch(context: TaskContext) -> Outcome:
         case TaskKind.TRAIN:
             return train(context)
         case TaskKind.IDENTIFY:
-            return identify(context)
+            return identify(context, describe_model if context.task.spec.data.source == MODEL_ALONE else None)
         case TaskKind.CALIBRATE:
             return calibrate(context)

@@ -16,7 +16,7 @@ from strategies import cost
 from strategies.base import Inputs, PlacedEstimate
 from strategies.blocks import blocks_of, gathered_parameters
 from strategies.heap import USUALLY_KEPT_TIMES, may_keep
-from strategies.links import worst_link
+from strategies.links import carrying_s, worst_link
 from strategies.memory import budget_bytes, bytes_per_parameter, sample_bytes, shard_reserve_bytes
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.shared_model import Ranks, Step, placed, together
@@ -94,13 +94,25 @@ def sharded(inputs: Inputs, ranks: Ranks) -> PlacedEstimate | None:
         need = int(fixed + math.ceil(count / pieces) * sample_bytes(profile) + _kept_bytes(node, profile.parameters))
         memory[node.node_id] = max(need, memory[node.node_id]) if node.capacity.gpus else need + memory[node.node_id]
     sent = 3 * pieces * share
+    collectives = 3 * gathered * pieces
+    passed_s = max(  # each collective waits for the one before
+        cost.in_group_s(
+            pass_s,
+            network_s,
+            carrying_s(ranks.network, network_s, sent, collectives, node),
+            node.capacity,
+            1.0,
+            collectives,
+        )
+        for node, pass_s in zip(ranks.nodes, passes, strict=True)
+    )
     return placed(
         inputs,
         ranks,
         samples,
         pieces,
         Layout(((0, len(profile.layers)),), sharded=True),
-        Step(compute_s, compute_s + network_s, max(updates), network_s, sent),  # each waits for the one before
+        Step(compute_s, passed_s, max(updates), network_s, sent),
         [
             RankCost(node.node_id, pass_s + update_s, overhead_s, sent)
             for node, pass_s, update_s, overhead_s in zip(ranks.nodes, passes, updates, overheads, strict=True)

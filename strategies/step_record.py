@@ -1,4 +1,4 @@
-"""What the steps of one rank took, each by itself: computing, waiting for other ranks, bytes sent.
+"""What the steps of one rank took, each by itself: computing, waiting for other ranks, CPU time, bytes sent.
 
 What is usual (strategies/usual_step.py), so that a stall does not count, without the first step (allocations, kernel
 choice, the state on its way) unless there is no other. Bounded. Evaluations and checkpoints lie between steps and are
@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from strategies.cpu_time import CpuSeconds, CpuTime
 from strategies.usual_step import usual
 
 SEEN = 1000  # steps that are remembered
@@ -25,38 +26,70 @@ class Counters(Protocol):
     bytes_sent: int
 
 
+class _Step(NamedTuple):
+    compute_s: float
+    sync_s: float
+    cpu_s: float
+    carrying_s: float
+    bytes_sent: int
+
+
 class StepRecord:
-    def __init__(self, counters: Counters, clock: Callable[[], float] = time.perf_counter) -> None:
+    """`cpu`: seconds this process has run on some core (strategies/cpu_time.py)."""
+
+    def __init__(
+        self,
+        counters: Counters,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu: Callable[[], CpuSeconds] | None = None,
+    ) -> None:
         self._counters = counters
         self._clock = clock
-        self._began = (0.0, 0.0, 0)
-        self._steps: deque[tuple[float, float, int]] = deque(maxlen=SEEN)
+        self._cpu = cpu or CpuTime().seconds
+        self._began = (0.0, 0.0, CpuSeconds(0.0, 0.0), 0)
+        self._steps: deque[_Step] = deque(maxlen=SEEN)
         self._settled = False
 
     def begin(self) -> None:
-        self._began = (self._clock(), self._counters.sync_s, self._counters.bytes_sent)
+        self._began = (self._clock(), self._counters.sync_s, self._cpu(), self._counters.bytes_sent)
 
     def end(self) -> None:
-        started, waited_s, sent = self._began
-        sync_s = self._counters.sync_s - waited_s
+        started, waited_s, before, sent = self._began
+        sync_s, cpu = self._counters.sync_s - waited_s, self._cpu()
         if len(self._steps) == 1 and not self._settled:
             self._steps.clear()
             self._settled = True
-        self._steps.append((self._clock() - started - sync_s, sync_s, self._counters.bytes_sent - sent))
+        self._steps.append(
+            _Step(
+                self._clock() - started - sync_s,
+                sync_s,
+                cpu.computing - before.computing,
+                cpu.carrying - before.carrying,
+                self._counters.bytes_sent - sent,
+            )
+        )
 
     @property
     def compute_s(self) -> float:
         """Of a usual step, what was not spent waiting; 0 without a step."""
-        return self._usual(0)
+        return self._usual([step.compute_s for step in self._steps])
 
     @property
     def sync_s(self) -> float:
-        return self._usual(1)
+        return self._usual([step.sync_s for step in self._steps])
+
+    @property
+    def cpu_s(self) -> float:
+        """Without what carried collectives, which is `carrying_s`."""
+        return self._usual([step.cpu_s for step in self._steps])
+
+    @property
+    def carrying_s(self) -> float:
+        return self._usual([step.carrying_s for step in self._steps])
 
     @property
     def bytes_sent(self) -> int:
-        return int(median(step[2] for step in self._steps)) if self._steps else 0
+        return int(median(step.bytes_sent for step in self._steps)) if self._steps else 0
 
-    def _usual(self, column: int) -> float:
-        whole_s = [max(0.0, compute_s + sync_s) for compute_s, sync_s, _ in self._steps]
-        return max(0.0, usual(whole_s, [step[column] for step in self._steps]))
+    def _usual(self, values: list[float]) -> float:
+        return max(0.0, usual([max(0.0, step.compute_s + step.sync_s) for step in self._steps], values))

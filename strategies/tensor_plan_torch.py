@@ -1,21 +1,24 @@
 """How single layers are cut over ranks, derived from the modules of a model: which weights by columns, which by rows.
 
 A pair is one or more linear layers cut by output (query, key and value; the first of a feed-forward) and the one cut by
-input that follows: between them each rank has its part of the features. A layer beside such pairs is cut by output and
-its output gathered; an embedding is cut by rows. A matrix that gives query, key and value at once is of the second
-kind: its columns are not grouped by head. The plan decides about speed only: what is computed is the same for any.
+input that follows (strategies/layer_pairs_torch.py): between them each rank has its part of the features. A layer
+beside such pairs is cut by output and its output gathered; an embedding is cut by rows. A matrix that gives query, key
+and value at once is of the second kind: its columns are not grouped by head. The plan decides about speed only: what is
+computed is the same for any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from protos.errors import ErrorCode, SpecError
+from strategies.layer_pairs_torch import layer_pairs
 
 SMALL_SHARE = 0.02  # of the parameters: a single layer with less is held whole by every rank
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # what models call their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,16 @@ def derive(model: nn.Module, ranks: int) -> TensorPlan:
     left: dict[str, str] = {}
     pairs: list[Pair] = []
     taken: set[int] = set()
-    for parent in model.modules():
-        if id(parent) in closed:
+    for columns, row in layer_pairs(model):
+        members = [*columns, row]
+        if any(id(member) in taken or id(member) in closed for member in members):
             continue
-        for columns, row in _pairs_in(parent):
-            members = [*columns, row]
-            if any(id(member) in taken for member in members):
-                continue
-            if any(column.out_features % ranks for column in columns):
-                left |= {names[id(each)]: f"its width is no multiple of {ranks}" for each in members}
-                continue
-            taken |= {id(member) for member in members}
-            pairs.append(Pair(tuple(names[id(column)] for column in columns), names[id(row)]))
+        unit = ranks * _head_width(model, names[id(columns[0])], columns)
+        if any(column.out_features % unit for column in columns):
+            left |= {names[id(each)]: f"its width or heads are no multiple of {ranks}" for each in members}
+            continue
+        taken |= {id(member) for member in members}
+        pairs.append(Pair(tuple(names[id(column)] for column in columns), names[id(row)]))
     tied = _tied(model)
     least = SMALL_SHARE * sum(parameter.numel() for parameter in model.parameters())
     gathered: list[str] = []
@@ -74,6 +75,7 @@ def derive(model: nn.Module, ranks: int) -> TensorPlan:
             left.setdefault(name, why)
         else:
             (embeddings if isinstance(module, nn.Embedding) else gathered).append(name)
+    left = {name: why for name, why in left.items() if name not in gathered}
     plan = TensorPlan(tuple(pairs), tuple(gathered), tuple(embeddings), left)
     plan = _without_conflicts(model, plan, tied)
     if not plan.dimensions():
@@ -91,58 +93,15 @@ def _is_closed(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
-def _pairs_in(parent: nn.Module) -> list[tuple[list[nn.Linear], nn.Linear]]:
-    if isinstance(parent, nn.Sequential):
-        return _in_sequence(list(parent.children()))
-    return _among([child for child in parent.children() if type(child) is nn.Linear])
-
-
-def _in_sequence(children: Sequence[nn.Module]) -> list[tuple[list[nn.Linear], nn.Linear]]:
-    """A linear layer and the next one, with nothing that has parameters between them."""
-    found: list[tuple[list[nn.Linear], nn.Linear]] = []
-    first: nn.Linear | None = None
-    for child in children:
-        if type(child) is nn.Linear:
-            if first is not None and first.out_features == child.in_features:
-                found.append(([first], child))
-                first = None
-            else:
-                first = child
-        elif any(True for _ in child.parameters()) or isinstance(child, nn.Flatten | nn.Unflatten):
-            first = None
-    return found
-
-
-def _among(linears: list[nn.Linear]) -> list[tuple[list[nn.Linear], nn.Linear]]:
-    """Of the layers of a module that is no sequence, by their shapes: those from the width d to h, with one back from h
-    to d. The one with the most others comes first, of equals the one defined last. Narrower keys and values count when
-    they are defined between the query and the layer back."""
-    found: list[tuple[list[nn.Linear], nn.Linear]] = []
-    free = list(linears)
-    while True:
-        best: tuple[list[nn.Linear], nn.Linear] | None = None
-        for row in free:
-            columns = [
-                each
-                for each in free
-                if each is not row and each.in_features == row.out_features and each.out_features == row.in_features
-            ]
-            if columns and (best is None or len(columns) >= len(best[0])):
-                best = columns, row
-        if best is None:
-            return found
-        columns, row = best
-        start, stop = linears.index(columns[0]), linears.index(row)
-        columns += [
-            each
-            for each in linears[start:stop]
-            if each in free
-            and each.in_features == row.out_features
-            and each.out_features < row.in_features
-            and row.in_features % each.out_features == 0
-        ]
-        found.append((columns, row))
-        free = [each for each in free if each is not row and all(each is not column for column in columns)]
+def _head_width(model: nn.Module, name: str, columns: list[nn.Linear]) -> int:
+    """Of layers that make query, key and value, where their module says how many heads it has; else 1. Heads that are
+    not shared out evenly would be put together again between the layers of the pair."""
+    if len(columns) < 3:
+        return 1
+    module = model.get_submodule(name.rpartition(".")[0])
+    heads = next((found for each in HEADS if type(found := getattr(module, each, None)) is int and found > 0), 1)
+    width = max(column.out_features for column in columns)
+    return width // heads if heads > 1 and width % heads == 0 else 1
 
 
 def _why_whole(module: nn.Linear | nn.Embedding, ranks: int, least: float, closed: bool) -> str:

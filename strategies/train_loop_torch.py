@@ -346,6 +346,8 @@ def usage(run: Run, started: float, startup_s: float) -> Usage:
         holds=run.engine.holds,
         step_compute_s=run.steps.compute_s,
         step_sync_s=run.steps.sync_s,
+        step_cpu_s=run.steps.cpu_s,
+        step_carrying_s=run.steps.carrying_s,
         step_bytes_sent=run.steps.bytes_sent,
     )
 

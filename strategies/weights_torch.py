@@ -104,9 +104,22 @@ def _saved(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if isinstance(content, dict) and not all(isinstance(value, Tensor) for value in content.values()):
+        content = _largest_part(content)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise SpecError(f"{path.name} is not a state dict", _FORMATS, code=_CODE)
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _largest_part(checkpoint: dict[Any, Any]) -> dict[Any, Any] | None:
+    """The model's tensors in a checkpoint that has a name of its own for them. An optimizer's state is no such part."""
+    parts = [
+        part
+        for key, part in checkpoint.items()
+        if isinstance(part, dict) and part and all(isinstance(value, Tensor) for value in part.values())
+        if not any(word in str(key).lower() for word in ("optim", "scheduler", "scaler"))
+    ]
+    return max(parts, key=lambda part: sum(value.nbytes for value in part.values()), default=None)
 
 
 def _is_archive(path: Path) -> bool:

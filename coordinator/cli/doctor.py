@@ -36,7 +36,7 @@ def doctor(as_json: bool) -> int:
 async def _checks() -> tuple[list[dict[str, Any]], HiveError | None]:
     """What was checked here and there; with the error that kept the coordinator from answering."""
     config = connect.load()
-    checks = [_python(), _home(config)]
+    checks = [_python(), _home(config), await _reader()]
     try:
         credential = await connect.credential(config)
         left_h = (credential.expires_unix_s - time.time()) / 3600
@@ -60,6 +60,17 @@ def _check(name: str, ok: bool, message: str, hint: str = "") -> dict[str, Any]:
 def _python() -> dict[str, Any]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     return _check("python", sys.version_info >= (3, 11), version, "hive needs Python 3.11 or newer")
+
+
+async def _reader() -> dict[str, Any]:
+    """What keeps a hostile model file from doing harm while it is identified."""
+    from coordinator.identify.confine import bounds_held
+
+    held = await bounds_held()
+    missing = [name for name, holds in held.items() if not holds]
+    said = f"their reader has {', '.join(name for name, holds in held.items() if holds) or 'nothing'}"
+    lacking = f"; not on this machine: {', '.join(missing)}" if missing else ""
+    return _check("model files", any(held.values()), said + lacking, "is hive installed completely?")
 
 
 def _home(config: connect.ClientConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from coordinator.cli import render
+from coordinator.cli import plan_view, render
 from coordinator.cli.session import connected
 from protos.command_line import output_option, write_document
 
@@ -44,7 +44,9 @@ def explain(job: str, as_json: bool) -> None:
     if document.get("model"):
         click.echo(render.model(document["model"]))
     if document.get("plan"):
-        click.echo(render.plan(document["plan"], document.get("measured"), document.get("names")))
+        click.echo(plan_view.plan(document["plan"], document.get("measured"), document.get("names")))
+        if seen := plan_view.hindsight(document.get("hindsight") or {}, document.get("names") or {}):
+            click.echo(seen)
     else:
         click.echo("no plan was made yet")
 

@@ -24,6 +24,8 @@ VERBS = {
     "artifacts": (_CLI + "artifacts:artifacts", "List or fetch what a job made."),
     "nodes": (_CLI + "nodes:nodes", "The machines and what they can do (--lan: those not joined)."),
     "node": (_CLI + "nodes:node", "Cordon, uncordon, drain or remove a machine."),
+    "qtable": (_CLI + "qtable:qtable", "What the choice has learned: show, export, import, reset, rebuild, evaluate."),
+    "models": (_CLI + "models:models", "What a model file or directory is, without running it."),
     "token": (_CLI + "token:token", "Create, list or revoke join tokens."),
     "coordinator": (_CLI + "start:coordinator", "Start the coordinator on this machine."),
     "up": (_CLI + "up:up", "A coordinator and N nodes on this one machine."),

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from coordinator.cli import ending, render
+from coordinator.cli import ending, plan_view, render
+from coordinator.cli.announced import announced
 from coordinator.cli.session import connected
-from protos.command_line import human_bytes, output_option, say, write_document
+from protos.command_line import output_option, say, write_document
 
 if TYPE_CHECKING:
     from coordinator.bundle import Bundle
     from coordinator.client import Client
-
-_BIG_BYTES = 64 * 1024 * 1024  # above this, hashing and sending are announced
 
 _job_file = click.argument("job_file", metavar="JOB.yaml", type=click.Path(path_type=Path))
 _set_option = click.option(
@@ -41,7 +40,7 @@ def plan(job_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     if document.get("model"):
         click.echo(render.model(document["model"]))
-    click.echo(render.plan(document["plan"], names=document.get("names")))
+    click.echo(plan_view.plan(document["plan"], names=document.get("names")))
 
 
 @click.command()
@@ -87,21 +86,8 @@ def _bundle(job_file: Path, overrides: tuple[str, ...]) -> Bundle:
     from coordinator.jobfile import read_job
 
     spec = read_job(job_file, overrides)
-    return bundle(spec, job_file.parent, _announced("reading"))
+    return bundle(spec, job_file.parent, announced("reading"))
 
 
 async def _upload(client: Client, bundle: Bundle) -> None:
-    await client.upload(bundle, _announced("sending"))
-
-
-def _announced(verb: str) -> Any:
-    """Says every tenth of something big; nothing for what is over in a moment."""
-    last = [-1]
-
-    def announce(done: int, total: int) -> None:
-        tenth = 10 * done // max(1, total)
-        if total >= _BIG_BYTES and tenth > last[0]:
-            last[0] = tenth
-            say(f"{verb} files: {human_bytes(done)} of {human_bytes(total)}")
-
-    return announce
+    await client.upload(bundle, announced("sending"))

@@ -100,6 +100,24 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class Revised:
+    """Another plan is better for the rest of a running job, or the next one is to be tried out."""
+
+    job_id: JobId
+    fence: Fence
+    plan: Plan
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The trials of a running job are over, and the plan that runs is the one that stays."""
+
+    job_id: JobId
+    fence: Fence
+
+
+@dataclass(frozen=True, slots=True)
 class UserAsked:
     """cancel, pause or resume."""
 
@@ -124,6 +142,8 @@ Event = (
     | NodeControlled
     | AttemptReported
     | Progressed
+    | Revised
+    | Settled
     | UserAsked
     | Ticked
 )

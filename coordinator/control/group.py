@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.control import events as e
-from coordinator.control.state import AttemptView, Held, JobView, State, Timing
+from coordinator.control.state import AttemptView, Generation, Held, JobView, State, Timing
 from coordinator.control.transitions import end, to
 from protos.errors import Blame
 from protos.ids import JobId, NodeId
+from protos.plan import Plan
 from protos.states import ATTEMPT_TRANSITIONS, AttemptState, JobState, Reason, StopMode
 from protos.work import Fault
 
@@ -74,6 +75,8 @@ def _after_fault(job: JobView, event: e.AttemptReported, now_s: float, timing: T
     fault = event.outcome.fault if event.outcome else None
     if job.wanted is not None or _finished(job):
         return job, []
+    if not _began(job):
+        return _go_back(job, fault.message if fault else f"rank {event.rank} failed", now_s, timing)
     if fault is not None and not fault.retryable:
         stops = _stop_working(job, StopMode.CANCEL, fault.message)
         ended = end(job, JobState.FAILED, fault.reason, fault.message, fault.hint, fault.blame)
@@ -90,9 +93,35 @@ def _elsewhere(fault: Fault) -> bool:
     return fault.reason in (Reason.DISK_FULL, Reason.OUT_OF_MEMORY) or fault.lacking
 
 
-def regroup(job: JobView, reason: Reason, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
-    """The ranks hold and a new group forms, without anything having gone wrong."""
-    return _recover(job, reason, message, now_s, timing)
+def regroup(job: JobView, plan: Plan, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """The ranks stop and a new group forms under `plan`, without anything having gone wrong.
+
+    Whole states stay on the disks of those that go on. Parts, and a state that nobody of the new group has, are
+    uploaded first: on the disks where they lie they would be of no use to it.
+    """
+    stays = {attempt.node_id for attempt in job.working} & {subtask.node_id for subtask in plan.subtasks}
+    whole = job.plan is not None and job.plan.layout is None
+    mode, bound_s = (StopMode.HOLD, timing.hold_s) if whole and stays else (StopMode.PAUSE, timing.hand_over_s)
+    stops = _stop_working(job, mode, message)
+    job = to(job, JobState.RECOVERING, Reason.REPLANNED, message)
+    job = replace(job, next_plan=plan, handed_over=mode is StopMode.PAUSE, revisions=job.revisions + 1)
+    return replace(job, deadline_s=now_s + bound_s), stops
+
+
+def _go_back(job: JobView, why: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
+    """A plan that a healthy group gave way to could not begin: that group forms again, and it is not tried any more."""
+    if job.state is JobState.RECOVERING or job.plan is None or job.before is None:
+        return job, []
+    stops, failed = _stop_working(job, StopMode.HOLD, why), job.plan.strategy
+    back = replace(job.before, trials=())
+    job = to(job, JobState.RECOVERING, Reason.REPLANNED, f"{failed} could not begin ({why}): back as before")
+    job = replace(job, next_plan=back, handed_over=True, before=None, unfit=job.unfit | {failed})
+    return replace(job, deadline_s=now_s + timing.hold_s), stops
+
+
+def _began(job: JobView) -> bool:
+    """Whether this group has committed a step; else there may be a plan to go back to."""
+    return job.before is None or job.step > job.fence_step
 
 
 def hand_over(job: JobView, node_id: NodeId, message: str, now_s: float, timing: Timing) -> tuple[JobView, Effects]:
@@ -151,7 +180,10 @@ def lose_attempts(
     )
     effects: Effects = []
     if job.wanted is None and not _finished(job):
-        job, effects = _recover(job, reason, message, now_s, timing)
+        if _began(job):
+            job, effects = _recover(job, reason, message, now_s, timing)
+        else:
+            job, effects = _go_back(job, message, now_s, timing)
     return state.with_job(job), effects
 
 
@@ -175,7 +207,7 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         return state.with_job(ended), [close, e.Finish(job_id)]
     if job.wanted is StopMode.PAUSE:
         paused = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
-        return state.with_job(replace(paused, wanted=None)), [close]
+        return state.with_job(replace(paused, wanted=None, next_plan=None, before=None)), [close]
     if job.state is not JobState.RECOVERING:
         job = to(job, JobState.RECOVERING, Reason.PEER_LOST, job.message)
     if job.retries >= timing.retries:
@@ -185,8 +217,10 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         return state.with_job(ended), [close, e.Finish(job_id)]
     wait_s = timing.backoff_s(job.retries)
     cause = job.message
-    if job.reason is Reason.GROUP_GROWS:
-        return state.with_job(replace(to(job, JobState.QUEUED, Reason.GROUP_GROWS, cause), not_before_s=now_s)), [close]
+    if job.reason is Reason.REPLANNED and job.plan is not None:
+        left = Generation(job.plan, job.fence, job.fence_step, job.attempts)
+        job = replace(to(job, JobState.QUEUED, Reason.REPLANNED, cause), not_before_s=now_s, left=left)
+        return state.with_job(job), [close]
     restarted = job.reason is Reason.COORDINATOR_RESTARTED  # not the group's failure
     job = to(job, JobState.QUEUED, Reason.BACKING_OFF, f"{cause}; forming a new group in {wait_s:.0f} s")
     job = replace(job, not_before_s=now_s + wait_s, retries=job.retries + (not restarted))
@@ -217,8 +251,9 @@ def new_group(job: JobView, now_s: float, timing: Timing) -> tuple[JobView, Effe
         fence=fence,
         fence_step=job.step,
         attempts=attempts,
-        grow_at_s=now_s + timing.grow_after_s,
-        passed_over=frozenset(),
+        next_plan=None,
+        handed_over=False,
+        before=None,
         deadline_s=now_s + max(timing.start_s, plan.coordination_plan.deadline_s),
     )
     return job, [e.Offer(a.node_id, job.job_id, fence, a.rank) for a in attempts]

@@ -10,6 +10,7 @@ from coordinator.control.state import NO_FENCE, JobView, State, Timing
 from coordinator.control.transitions import end
 from protos.errors import Blame
 from protos.ids import NodeId
+from protos.plan import Plan
 from protos.states import JobState, Reason
 
 
@@ -30,7 +31,13 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
         if not idle and state.willing():
             state = state.with_job(_waits(job, Reason.WAITING_FOR_BUSY_NODES, "all nodes are busy with earlier jobs"))
             continue
-        previous = job.plan.strategy if job.plan else None
+        if job.next_plan is not None and _can_be(job, job.next_plan, idle):
+            before = job.plan if job.plan is not None and job.plan.strategy not in job.unfit else None
+            job, offers = new_group(replace(job, plan=job.next_plan), now_s, timing)
+            state, effects = state.with_job(replace(job, before=before)), [*effects, *offers]
+            continue
+        known = job.next_plan if job.plan is None or job.plan.strategy in job.unfit else job.plan
+        previous = known.strategy if known else None
         better = tuple(node_id for node_id in idle if node_id not in job.avoid)
         if not better and any(node_id not in job.avoid for node_id in state.willing()):
             why = "nodes that could not have it before are idle, the others are busy with earlier jobs"
@@ -51,6 +58,14 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
         job, offers = new_group(replace(job, plan=placed), now_s, timing)
         state, effects = state.with_job(job), [*effects, *offers]
     return state, effects
+
+
+def _can_be(job: JobView, plan: Plan, idle: tuple[NodeId, ...]) -> bool:
+    """What was planned while the group before it ran: its nodes are free and fit, and the state comes with one."""
+    nodes = {subtask.node_id for subtask in plan.subtasks}
+    holders = _holders(job, idle)
+    held = job.handed_over or not holders or not nodes.isdisjoint(holders)
+    return nodes <= set(idle) and nodes.isdisjoint(job.avoid) and held
 
 
 def _waits(job: JobView, reason: Reason, message: str, hint: str = "") -> JobView:

@@ -84,6 +84,16 @@ class Transition:
 
 
 @dataclass(frozen=True, slots=True)
+class Generation:
+    """A group that ended whole, because another plan was better: what it measured is worth knowing."""
+
+    plan: Plan
+    fence: Fence
+    first_step: int  # committed when it was formed
+    attempts: tuple[AttemptView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobView:
     """The life of one job. `wanted` is what the user asked for and has not happened yet."""
 
@@ -100,16 +110,20 @@ class JobView:
     step: int = 0
     samples: int = 0
     wanted: StopMode | None = None
-    grow_at_s: float = 0.0  # not asked before whether nodes that came may join
-    passed_over: frozenset[NodeId] = frozenset()  # nodes that were idle when joining them did not pay
     not_before_s: float = 0.0  # back-off of a new group; while planning: when to ask again
     deadline_s: float | None = None  # of the phase that is bounded now (start, hold, stop)
     identified: bool = False
     plan: Plan | None = None
+    next_plan: Plan | None = None  # with which the group forms again, when it holds for that
+    handed_over: bool = False  # the state was uploaded for it, so no node of it need have one
+    before: Plan | None = None  # gave way to `plan`, which has not committed a step yet
+    unfit: frozenset[str] = frozenset()  # strategies that could not begin although they were planned
+    revisions: int = 0
     attempts: tuple[AttemptView, ...] = ()
     held: tuple[Held, ...] = ()
     avoid: frozenset[NodeId] = frozenset()  # nodes that lacked what it needs: disk, memory, data, packages
     trail: tuple[Transition, ...] = ()  # states entered since the last write, the current one last
+    left: Generation | None = None  # given up for a better plan since the last write
 
     @property
     def ended(self) -> bool:
@@ -167,9 +181,6 @@ class Timing:
     hand_over_s: float = 130.0  # before a pause, or when a node goes: node/attempt.py takes up to 65 + 60 s
     stop_s: float = 10.0
     retries: int = 3
-    grow_after_s: float = 5.0  # a group stays as it is for so long
-    grow_every_s: float = 60.0  # and is looked at again so often while the same nodes are idle: speeds change
-    regroup_cost_s: float = 3.0  # of a hold, a new group and the state to a newcomer
 
     def backoff_s(self, retries: int) -> float:
         """MISSION.md K10: 2**attempt seconds."""

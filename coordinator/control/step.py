@@ -12,7 +12,7 @@ from typing import assert_never
 
 from coordinator.control import events as e
 from coordinator.control.group import continue_recovery, hand_over, lose_attempts, offers_again, take_report
-from coordinator.control.growth import grow
+from coordinator.control.revision import revised, settled
 from coordinator.control.schedule import schedule
 from coordinator.control.state import JobView, NodeStatus, State, Timing
 from coordinator.control.transitions import end, to
@@ -92,6 +92,10 @@ def _apply(state: State, event: e.Event, now_s: float, timing: Timing) -> tuple[
             return take_report(state, event, now_s, timing)
         case e.Progressed():
             return _progressed(state, event)
+        case e.Revised():
+            return revised(state, event, now_s, timing)
+        case e.Settled():
+            return settled(state, event)
         case e.UserAsked():
             return _user_asked(state, event, now_s, timing)
         case e.Ticked():
@@ -269,6 +273,7 @@ def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) 
                 raise Conflict(f"{job.job_id} is already {job.state.value.lower()}", "hive resume lets it go on")
             if not job.working:
                 job = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
+                job = replace(job, next_plan=None, before=None)
                 return state.with_job(job), [] if job.identified else [e.StopIdentifying(job.job_id)], "paused"
             job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hand_over_s)
             job = replace(job, reason=Reason.PAUSED_BY_USER, message="pausing on request")
@@ -304,11 +309,7 @@ def _consequences(
             state = state.with_job(_identifying(job, now_s, timing))
             effects.append(e.Identify(job_id))
     state, more = schedule(state, now_s, plan_for, timing)
-    effects += more
-    if ticked:
-        state, more = grow(state, now_s, plan_for, timing)
-        effects += more
-    return state, effects
+    return state, [*effects, *more]
 
 
 def _expire(state: State, now_s: float, timing: Timing) -> tuple[State, list[e.Effect]]:

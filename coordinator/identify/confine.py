@@ -1,6 +1,6 @@
-"""Starts the confined child that reads a model file, and turns its answer, or its death, into a profile or an error.
+"""Starts the confined child that reads a model, and turns its answer, or its death, into a profile or an error.
 
-Invariants: the file is opened here, once, and only as a regular file; the child gets that descriptor, an empty
+Invariants: what is read is opened here, once, and only regular files; the child gets those descriptors, an empty
 environment and a deadline; whatever happens to it, the caller sees a ModelProfile or a HiveError.
 """
 
@@ -13,8 +13,11 @@ import os
 import signal
 import stat
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.identify.open_folder import OpenFolder, open_folder, open_named
 from coordinator.identify.parse import WEIGHT_FORMATS
 from coordinator.identify.tensors import unusable
 from protos import documents
@@ -22,7 +25,7 @@ from protos.errors import HiveError, NotFound, SpecError, from_document
 from protos.model import ModelProfile
 
 DEADLINE_S = 30.0
-MAX_ANSWER_BYTES = 2 * 1024 * 1024
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
 # -I ignores the caller's path and variables; the one folder it needs is handed over, installed or not
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from coordinator.identify.child import main; main()"
 _TOO_MUCH = "the file asks for more memory or time than a model file may; write it again, e.g. as safetensors"
@@ -33,31 +36,89 @@ def usable_as_weights(profile: ModelProfile) -> bool:
     return profile.format in WEIGHT_FORMATS
 
 
+async def identify_path(path: Path, *, deadline_s: float = DEADLINE_S) -> ModelProfile:
+    """What kind of model the file or directory at `path` is; raises as identify_file."""
+    return await (identify_folder if path.is_dir() else identify_file)(path, deadline_s=deadline_s)
+
+
 async def identify_file(path: Path, *, deadline_s: float = DEADLINE_S) -> ModelProfile:
     """What kind of model the file at `path` is, without running it.
 
     Raises NotFound when there is no such file, SpecError (MODEL_UNUSABLE) when it is a directory, a device, empty,
-    damaged, hostile or unknown. A file that is recognised but cannot be trained comes back with `why_not`.
+    damaged or hostile. A file that is recognised but cannot be trained comes back with `why_not`; one that nobody knows
+    has the format "unknown".
     """
     descriptor = open_regular(path)
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-c", _START, str(Path(__file__).parents[2]),
-            stdin=descriptor, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True, close_fds=True, env={"LANG": "C.UTF-8"}, limit=MAX_ANSWER_BYTES, cwd="/",
-        )  # fmt: skip
+        return await _identified(path.name, _Handed("file", stdin=descriptor), deadline_s)
     finally:
         os.close(descriptor)
+
+
+async def identify_folder(path: Path, *, deadline_s: float = DEADLINE_S) -> ModelProfile:
+    """What kind of model the directory at `path` is; raises as identify_file."""
+    with open_folder(path) as opened:
+        return await _identified(path.resolve().name, _handed(opened), deadline_s)
+
+
+async def identify_files(name: str, files: Mapping[str, Path], *, deadline_s: float = DEADLINE_S) -> ModelProfile:
+    """The same of a directory whose files lie elsewhere: by the names that they have in it."""
+    with open_named(files) as opened:
+        return await _identified(name, _handed(opened), deadline_s)
+
+
+async def bounds_held(deadline_s: float = DEADLINE_S) -> Mapping[str, bool]:
+    """Which bounds the child that reads strangers' files has on this machine."""
+    try:
+        answer = await _run(_Handed("bounds", stdin=asyncio.subprocess.DEVNULL), deadline_s)
+        return {str(name): held is True for name, held in json.loads(answer)["held"].items()}
+    except (TimeoutError, ValueError, KeyError, TypeError, AttributeError, OSError):
+        return {"the child starts": False}
+
+
+@dataclass(frozen=True, slots=True)
+class _Handed:
+    """What the child gets. `what`: file, which is its stdin; folder: a listing on stdin and `descriptors`; bounds."""
+
+    what: str
+    stdin: int
+    listing: bytes = b""
+    descriptors: tuple[int, ...] = ()
+
+
+def _handed(opened: OpenFolder) -> _Handed:
+    listing = json.dumps({"descriptors": opened.descriptors, "sizes": opened.sizes}).encode()
+    return _Handed("folder", asyncio.subprocess.PIPE, listing, tuple(opened.descriptors.values()))
+
+
+async def _identified(name: str, handed: _Handed, deadline_s: float) -> ModelProfile:
+    try:
+        answer = await _run(handed, deadline_s)
+    except TimeoutError:
+        raise unusable(f"{name}: could not be read within {deadline_s:g} s", _TOO_MUCH) from None
+    return decode_answer(name, answer)
+
+
+async def _run(handed: _Handed, deadline_s: float) -> bytes:
+    """What the child answers; nothing when it died. Raises TimeoutError."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-c", _START, str(Path(__file__).parents[2]), handed.what,
+        stdin=handed.stdin, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        pass_fds=handed.descriptors, start_new_session=True, close_fds=True, env={"LANG": "C.UTF-8"},
+        limit=MAX_ANSWER_BYTES, cwd="/",
+    )  # fmt: skip
     try:
         async with asyncio.timeout(deadline_s):
-            answer = await _answer(process)
-    except TimeoutError:
-        raise unusable(f"{path.name}: could not be read within {deadline_s:g} s", _TOO_MUCH) from None
+            if process.stdin is not None:
+                with contextlib.suppress(ConnectionError):  # it died: its answer is none
+                    process.stdin.write(handed.listing)
+                    await process.stdin.drain()
+                process.stdin.close()
+            return await _answer(process)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
         await process.wait()
-    return decode_answer(path.name, answer)
 
 
 def open_regular(path: Path) -> int:
@@ -65,7 +126,7 @@ def open_regular(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"there is no file {path}", "check model.source in the job file") from None
+        raise NotFound(f"there is no file {path}", "check the path") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
         raise unusable(f"{path} cannot be opened: {reason}", "check its permissions and path") from None

@@ -1,224 +1,107 @@
 """A pickle read as data: its opcodes are followed, nothing is imported, called or built.
 
-Owns an abstract machine over pickletools' opcode table. It knows the few constructors a state dict needs (allow-list)
-and answers with plain values, `Storage` and `Tensor`; any other global stops the walk with `Disallowed`, naming it.
-Bounds: opcodes, stack and memo are limited, so a small file cannot ask for much work.
+Owns an abstract machine over the opcodes of every protocol, 0 to 5. `walk(file)` answers with a `Walked`:
+
+    value     what the pickle describes, in plain values and the records of pickle_values
+    storages  torch's blocks of numbers it refers to, by key
+    foreign   the names it uses outside torch's weights-only allow-list, in order: empty for a file of tensors alone
+
+A class or function outside the allow-list is never looked up. What would be made of it is an `Object`: `type` (a
+`Global` of module and name), `arguments`, `state`, `elements`, `items`, and `attributes`, which is its `__dict__`. So
+modules and estimators can be looked into, for instance `__torch__.Net` of a TorchScript archive:
+`walked.value.type.module`, `walked.value.attributes["weight"]`. numpy's arrays come as `Array`, torch's as `Tensor`.
+The raw arrays that joblib puts into the stream are stepped over.
+
+Refused: code registered by number (EXT), data kept outside the file (buffers), more than MAX_OPCODES, and whatever
+does not fit. Parts may be shared and cycles exist: whoever goes through a value keeps count of what it has seen.
 """
 
 from __future__ import annotations
 
+import codecs
 import pickletools
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from coordinator.identify.tensors import TensorInfo, check_shape, unusable
+from coordinator.identify.pickle_calls import array_of, build, call, global_of, storage_of
+from coordinator.identify.pickle_source import Source, TooMuch
+from coordinator.identify.pickle_values import ITEM_BYTES, Array, Blob, DType, Global, Mapping, Object, Storage, Tensor
+from coordinator.identify.tensors import unusable
 
-MAX_OPCODES = 2_000_000
+__all__ = [
+    "ITEM_BYTES", "Array", "Blob", "DType", "Global", "Mapping", "Object", "Storage", "Tensor", "Walked", "walk",
+]  # fmt: skip
+
+MAX_OPCODES = 4_000_000
+MAX_FOREIGN = 1_000
+_MAX_NESTED = 4  # arrays of objects are pickles in joblib's stream; they hold no such arrays
 _DAMAGED = "the file is damaged: write it again with torch.save(model.state_dict(), PATH)"
-
-STORAGES = {
-    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
-    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
-    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128", "UntypedStorage": "U8",
-}  # fmt: skip
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "complex64": "C64", "complex128": "C128",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-}  # fmt: skip
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "C64": 8,
-    "C128": 16, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8,
-}  # fmt: skip
-_REBUILD = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
-_PARAMETER = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
-_HARMLESS = {
-    ("collections", "OrderedDict"), ("collections", "Counter"), ("collections", "defaultdict"),
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-    ("builtins", "set"), ("builtins", "complex"), ("builtins", "bytearray"), ("builtins", "dict"), ("builtins", "list"),
-    ("__builtin__", "set"), ("__builtin__", "complex"), ("__builtin__", "bytearray"), ("_codecs", "encode"),
-}  # fmt: skip
-
-
-class Disallowed(Exception):
-    """The pickle names something outside the allow-list: it holds objects with code, not only tensors."""
-
-    def __init__(self, module: str, name: str) -> None:
-        super().__init__(f"{module}.{name}")
-        self.module = module
-        self.name = name
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    module: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A block of numbers kept elsewhere in the file: `dtype` is what its typed storage says."""
-
-    dtype: str
-    key: str
-    elements: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def info(self, name: str) -> TensorInfo:
-        """As a named tensor; raises SpecError when it reaches beyond its storage or claims more than is stored."""
-        shape = check_shape(name, self.shape)
-        item = ITEM_BYTES[self.dtype]
-        stored = self.storage.elements * ITEM_BYTES[self.storage.dtype]
-        count = 1
-        for size in shape:
-            count *= size
-        reach = self.offset + 1 + sum((size - 1) * step for size, step in zip(shape, self.stride, strict=True))
-        if count and (reach * item > stored or count * item > stored):
-            raise unusable(f"tensor {name[:80]!r} claims more than the {stored} bytes stored for it", _DAMAGED)
-        identity = (self.storage.key, self.offset, shape, self.stride)
-        return TensorInfo(name, self.dtype, shape, count * item, identity)
+_JOBLIB = ("joblib.numpy_pickle", "NumpyArrayWrapper")
 
 
 @dataclass(slots=True)
-class Mapping:
-    """A dict or OrderedDict under construction. Keys are kept only when they are text or integers."""
-
-    items: dict[Any, Any] = field(default_factory=dict)
-
-
-class Opaque:
-    """A value that does not matter here."""
+class Walked:
+    value: Any = None
+    storages: dict[str, Storage] = field(default_factory=dict)
+    foreign: dict[str, Global] = field(default_factory=dict)
 
 
-_MARK = object()
-_OPAQUE = Opaque()
-
-
-def walk(file: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
-    """The value one pickle describes; the file is left behind its STOP. Raises Disallowed or SpecError.
-
-    Every block of numbers the pickle refers to is noted in `storages` by its key.
-    """
+def walk(file: BinaryIO) -> Walked:
+    """What the next pickle in `file` describes; the file is left behind its STOP. Raises SpecError."""
+    walked = Walked()
     try:
-        return _Machine(storages if storages is not None else {}).run(file)
+        walked.value = _Machine(Source(file), walked).run()
+    except TooMuch as error:
+        raise unusable(f"the pickle inside holds {error}", _DAMAGED) from None
+    except MemoryError:
+        raise unusable("the pickle inside asks for too much memory", _DAMAGED) from None
     except (
         ValueError,
-        IndexError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
         EOFError,
         OverflowError,
         RecursionError,
+        struct.error,
     ) as error:
         detail = str(error)[:80].encode("ascii", "replace").decode()
         raise unusable(f"the pickle inside is damaged or cut short ({detail})", _DAMAGED) from None
+    return walked
+
+
+_MARK = object()
 
 
 class _Machine:
-    def __init__(self, storages: dict[str, Storage]) -> None:
-        self.storages = storages
+    """The stack and the memo of an unpickler, over records."""
+
+    def __init__(self, source: Source, walked: Walked, depth: int = 0) -> None:
+        self.source = source
+        self.walked = walked
+        self.depth = depth
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, file: BinaryIO) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > MAX_OPCODES:
-                raise unusable(f"the pickle inside has more than {MAX_OPCODES} opcodes", _DAMAGED)
-            if opcode.name == "STOP":
+    def run(self) -> Any:
+        source = self.source
+        for _ in range(MAX_OPCODES):
+            code = source.code()
+            step = _STEPS.get(code)
+            if step is not None:
+                step(self)
+            elif code == b".":
                 return self.stack.pop()
-            self._step(opcode, argument)
-        raise ValueError("no STOP")
+            else:
+                raise ValueError(f"opcode {code.hex()}" if code else "no STOP")
+        raise unusable(f"the pickle inside has more than {MAX_OPCODES} opcodes", _DAMAGED)
 
-    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        stack = self.stack
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                stack.append(_MARK)
-            case "EMPTY_DICT":
-                stack.append(Mapping())
-            case "DICT":
-                stack.append(_mapping(self._to_mark()))
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "LIST" | "FROZENSET":
-                stack.append(self._to_mark())
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                stack.append(tuple(self._to_mark()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                self._need(size)
-                stack[-size:] = [tuple(stack[-size:])]
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self._to_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "MEMOIZE":
-                self.memo[len(self.memo)] = stack[-1]
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
-            case "APPEND":
-                value = stack.pop()
-                _extend(stack[-1], [value])
-            case "APPENDS" | "ADDITEMS":
-                values = self._to_mark()
-                _extend(stack[-1], values)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _update(stack[-1], [key, value])
-            case "SETITEMS":
-                values = self._to_mark()
-                _update(stack[-1], values)
-            case "GLOBAL":
-                module, _, name = argument.partition(" ")
-                stack.append(_allowed(module, name))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_allowed(str(module), str(name)))
-            case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
-            case "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
-            case "BUILD":
-                stack.pop()  # the state of an OrderedDict (its _metadata) or of a Parameter: not needed
-            case "BINPERSID":
-                storage = _storage(stack.pop())
-                self.storages[storage.key] = storage
-                stack.append(storage)
-            case "INST" | "OBJ" | "NEWOBJ_EX" | "EXT1" | "EXT2" | "EXT4" | "PERSID" | "NEXT_BUFFER" | "READONLY_BUFFER":
-                raise Disallowed("pickle opcode", opcode.name)
-            case _ if opcode.stack_before == [] and len(opcode.stack_after) == 1:
-                stack.append(argument)  # numbers, text and bytes
-            case _:
-                raise ValueError(f"opcode {opcode.name}")
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
 
-    def _need(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise ValueError("stack underflow")
-
-    def _to_mark(self) -> list[Any]:
+    def to_mark(self) -> list[Any]:
         for index in range(len(self.stack) - 1, -1, -1):
             if self.stack[index] is _MARK:
                 values = self.stack[index + 1 :]
@@ -226,59 +109,112 @@ class _Machine:
                 return values
         raise ValueError("no mark")
 
+    def last(self, count: int) -> None:
+        if len(self.stack) < count:
+            raise ValueError("stack underflow")
+        self.stack[-count:] = [tuple(self.stack[-count:])]
 
-def _allowed(module: str, name: str) -> Any:
-    if module == "torch" and name in DTYPES:
-        return Global("dtype", DTYPES[name])
-    if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
-        return Global("storage", STORAGES[name])
-    if module == "torch._utils" and name in _REBUILD | _PARAMETER:
-        return Global(module, name)
-    if (module, name) in _HARMLESS:
-        return Global(module, name)
-    raise Disallowed(module[:100], name[:100])
+    def extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Object):
+            target.elements = target.elements or []
+            target = target.elements
+        if not isinstance(target, list):
+            raise ValueError("append to something that is not a list")
+        target.extend(values)
+
+    def update(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, Object):
+            target.items = target.items or Mapping()
+            target = target.items
+        _update(target, values)
+
+    def named(self, module: Any, name: Any) -> Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("a name that is not text")
+        found, allowed = global_of(module, name)
+        if not allowed:
+            self.foreign(found)
+        return found
+
+    def foreign(self, found: Global) -> None:
+        if len(self.walked.foreign) < MAX_FOREIGN:
+            self.walked.foreign.setdefault(str(found), found)
+
+    def inst(self) -> None:
+        module, name = self.line(), self.line()
+        self.push(call(self.named(module, name), tuple(self.to_mark())))
+
+    def obj(self) -> None:
+        function, *arguments = self.to_mark()
+        self.push(call(function, tuple(arguments)))
+
+    def line(self) -> str:
+        return self.source.readline().decode("utf-8").rstrip("\n")
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.push(self.named(module, name))
+
+    def global_lines(self) -> None:
+        module = self.line()
+        self.push(self.named(module, self.line()))
+
+    def call(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.push(call(function, arguments))
+
+    def call_with_keywords(self) -> None:
+        keywords, arguments, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        self.push(call(function, arguments, keywords if isinstance(keywords, Mapping) else None))
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        build(target, state)
+        if isinstance(target, Object) and (target.type.module, target.type.name) == _JOBLIB:
+            self.stack[-1] = self.joblib_array(target.attributes)
+
+    def joblib_array(self, wrapper: dict[Any, Any]) -> Array:
+        """The array whose elements follow in the stream, behind a few bytes that align them."""
+        dtype, shape = wrapper.get("dtype"), wrapper.get("shape")
+        if not isinstance(dtype, DType) or not isinstance(shape, tuple):
+            raise ValueError("an array of joblib without type or shape")
+        if dtype.holds_objects:
+            if self.depth == _MAX_NESTED:
+                raise ValueError("arrays of objects in arrays of objects")
+            found = _Machine(self.source, self.walked, self.depth + 1).run()
+            return found if isinstance(found, Array) else Array(shape, dtype)
+        if wrapper.get("numpy_array_alignment_bytes") is not None:
+            self.source.skip(self.source.read(1)[0])
+        array = array_of(shape, dtype, None)
+        self.source.skip(array.bytes)
+        return array
+
+    def persistent(self, identity: Any) -> None:
+        found = storage_of(identity)
+        if isinstance(found, Storage):
+            known = self.walked.storages.get(found.key)
+            if known is None or known.bytes < found.bytes:
+                self.walked.storages[found.key] = found
+        elif isinstance(found, Object):
+            self.foreign(found.type)
+        self.push(found)
+
+    def registered(self, size: int) -> None:
+        number = int.from_bytes(self.source.read(size), "little")
+        found = Global("copyreg", f"extension {number}")
+        self.foreign(found)
+        self.push(found)
 
 
-def _call(function: Any, arguments: Any) -> Any:
-    """What an allowed constructor would give, as far as it matters."""
-    if not isinstance(function, Global) or not isinstance(arguments, tuple):
-        raise ValueError("call of something that is not a constructor")
-    if function.name in _REBUILD:
-        return _tensor(*arguments)
-    if function.name in _PARAMETER:
-        return arguments[0] if arguments and isinstance(arguments[0], Tensor) else _OPAQUE
-    if function.name in ("OrderedDict", "dict", "Counter", "defaultdict"):
-        made = Mapping()
-        for pair in arguments[0] if arguments and isinstance(arguments[0], list) else []:
-            _update(made, list(pair))
-        return made
-    if function.name in ("set", "list", "Size") and arguments and isinstance(arguments[0], (list, tuple)):
-        return arguments[0]
-    return _OPAQUE
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Tensor:
-    if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
-        raise ValueError("tensor without storage")
-    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):
-        raise ValueError("tensor shape")
-    sizes = check_shape("tensor", shape)
-    steps = check_shape("tensor", stride)
-    dtype = storage.dtype
-    for item in rest:
-        if isinstance(item, Global) and item.module == "dtype":
-            dtype = item.name  # _rebuild_tensor_v3: an untyped storage with the type beside it
-    return Tensor(storage, dtype, offset, sizes, steps)
-
-
-def _storage(identity: Any) -> Storage:
-    """("storage", type, key, location, elements[, view]) as torch.save writes it."""
-    tag, kind, key, _, elements = identity[:5]
-    if tag not in ("storage", b"storage") or not isinstance(kind, Global) or kind.module != "storage":
-        raise ValueError("persistent id")
-    if type(elements) is not int or not 0 <= elements < 2**56 or not isinstance(key, str) or len(key) > 100:
-        raise ValueError("persistent id")
-    return Storage(kind.name, key, elements)
+def _update(target: Any, values: list[Any]) -> None:
+    if not isinstance(target, Mapping) or len(values) % 2:
+        raise ValueError("item of something that is not a mapping")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if isinstance(key, str | int):
+            target.items[key] = value
 
 
 def _mapping(values: list[Any]) -> Mapping:
@@ -287,18 +223,112 @@ def _mapping(values: list[Any]) -> Mapping:
     return made
 
 
-def _extend(target: Any, values: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(values)
-    elif target is not _OPAQUE:
-        raise ValueError("append to something that is not a list")
+def _set_item(machine: _Machine) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    machine.update([key, value])
 
 
-def _update(target: Any, values: list[Any]) -> None:
-    if target is _OPAQUE:
-        return
-    if not isinstance(target, Mapping) or len(values) % 2:
-        raise ValueError("item of something that is not a mapping")
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        if isinstance(key, (str, int)):
-            target.items[key] = value
+def _buffers(machine: _Machine) -> None:
+    raise unusable("the pickle keeps its data outside the file, in buffers", "save it again without buffer_callback")
+
+
+def _plain(opcode: pickletools.OpcodeInfo) -> Callable[[_Machine], None]:
+    """A number, short text or short bytes: pickletools knows how to read it."""
+    argument = opcode.arg
+    assert argument is not None
+    reader: Callable[[Any], Any] = argument.reader
+    return lambda machine: machine.push(reader(machine.source))
+
+
+def _long(size: int, *, text: bool = False) -> Callable[[_Machine], None]:
+    """Bytes or text behind their length, which takes `size` bytes."""
+
+    def step(machine: _Machine) -> None:
+        length = int.from_bytes(machine.source.read(size), "little")
+        machine.push(machine.source.text_of(length) if text else machine.source.bytes_of(length))
+
+    return step
+
+
+def _memoize(number: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
+    def step(machine: _Machine) -> None:
+        machine.memo[number(machine)] = machine.stack[-1]
+
+    return step
+
+
+def _recall(number: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
+    return lambda machine: machine.push(machine.memo[number(machine)])
+
+
+def _number(size: int) -> Callable[[_Machine], int]:
+    return lambda machine: int.from_bytes(machine.source.read(size), "little")
+
+
+def _decimal(machine: _Machine) -> int:
+    return int(machine.line())
+
+
+_SPECIAL: dict[str, Callable[[_Machine], Any]] = {
+    "PROTO": lambda machine: machine.source.read(1),
+    "FRAME": lambda machine: machine.source.read(8),
+    "MARK": lambda machine: machine.push(_MARK),
+    "EMPTY_DICT": lambda machine: machine.push(Mapping()),
+    "DICT": lambda machine: machine.push(_mapping(machine.to_mark())),
+    "EMPTY_LIST": lambda machine: machine.push([]),
+    "EMPTY_SET": lambda machine: machine.push([]),
+    "LIST": lambda machine: machine.push(machine.to_mark()),
+    "FROZENSET": lambda machine: machine.push(machine.to_mark()),
+    "EMPTY_TUPLE": lambda machine: machine.push(()),
+    "TUPLE": lambda machine: machine.push(tuple(machine.to_mark())),
+    "TUPLE1": lambda machine: machine.last(1),
+    "TUPLE2": lambda machine: machine.last(2),
+    "TUPLE3": lambda machine: machine.last(3),
+    "NONE": lambda machine: machine.push(None),
+    "NEWTRUE": lambda machine: machine.push(True),
+    "NEWFALSE": lambda machine: machine.push(False),
+    "POP": lambda machine: machine.stack.pop(),
+    "POP_MARK": lambda machine: machine.to_mark(),
+    "DUP": lambda machine: machine.push(machine.stack[-1]),
+    "MEMOIZE": _memoize(lambda machine: len(machine.memo)),
+    "PUT": _memoize(_decimal),
+    "BINPUT": _memoize(_number(1)),
+    "LONG_BINPUT": _memoize(_number(4)),
+    "GET": _recall(_decimal),
+    "BINGET": _recall(_number(1)),
+    "LONG_BINGET": _recall(_number(4)),
+    "APPEND": lambda machine: machine.extend([machine.stack.pop()]),
+    "APPENDS": lambda machine: machine.extend(machine.to_mark()),
+    "ADDITEMS": lambda machine: machine.extend(machine.to_mark()),
+    "SETITEM": _set_item,
+    "SETITEMS": lambda machine: machine.update(machine.to_mark()),
+    "GLOBAL": _Machine.global_lines,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "INST": _Machine.inst,
+    "OBJ": _Machine.obj,
+    "REDUCE": _Machine.call,
+    "NEWOBJ": _Machine.call,
+    "NEWOBJ_EX": _Machine.call_with_keywords,
+    "BUILD": _Machine.build,
+    "PERSID": lambda machine: machine.persistent(machine.line()),
+    "BINPERSID": lambda machine: machine.persistent(machine.stack.pop()),
+    "EXT1": lambda machine: machine.registered(1),
+    "EXT2": lambda machine: machine.registered(2),
+    "EXT4": lambda machine: machine.registered(4),
+    "NEXT_BUFFER": _buffers,
+    "READONLY_BUFFER": _buffers,
+    "UNICODE": lambda machine: machine.push(
+        codecs.raw_unicode_escape_decode(machine.source.readline().rstrip(b"\n"))[0]
+    ),
+    "BINSTRING": _long(4),
+    "BINBYTES": _long(4),
+    "BINBYTES8": _long(8),
+    "BYTEARRAY8": _long(8),
+    "BINUNICODE": _long(4, text=True),
+    "BINUNICODE8": _long(8, text=True),
+}
+_STEPS: dict[bytes, Callable[[_Machine], Any]] = {
+    opcode.code.encode("latin-1"): _SPECIAL.get(opcode.name) or _plain(opcode)
+    for opcode in pickletools.opcodes
+    if opcode.name != "STOP"
+}

@@ -98,11 +98,12 @@ def profile_of(
         if group.parameters
     )
     family, confidence = family_of(groups, kinds)
+    task = task_of(groups)
     return ModelProfile(
         framework=framework,
         format=file_format,
         family=family,
-        task="unknown",
+        task=task or "unknown",
         parameters=total,
         bytes=file_bytes,
         trainable=False,
@@ -112,9 +113,23 @@ def profile_of(
         layers=layers[:MAX_LAYERS_LISTED],
         requirements=base_requirements(total, family),
         confidence=confidence,
-        unknown=("task", "input_shape", "flops_per_sample", "activation_bytes_per_sample", *unknown),
+        unknown=(
+            *(() if task else ("task",)),
+            "input_shape",
+            "flops_per_sample",
+            "activation_bytes_per_sample",
+            *unknown,
+        ),
         why_not=why_not,
     )
+
+
+def task_of(groups: Iterable[str]) -> str:
+    """language_model or classification where a layer has a name that only such a head has; "" otherwise."""
+    parts = {part for prefix in groups for part in prefix.lower().split(".")}
+    if "lm_head" in parts or {"cls", "predictions"} <= parts:
+        return "language_model"
+    return "classification" if "classifier" in parts else ""
 
 
 def kind_of(prefix: str, tensors: Mapping[str, tuple[int, ...]]) -> str:
@@ -166,9 +181,16 @@ def family_of(groups: Iterable[str], kinds: Mapping[str, str]) -> tuple[Family, 
     return Family.UNKNOWN, 0.3
 
 
-def foreign(framework: str, file_format: str, file_bytes: int, why_not: str, **more: str) -> ModelProfile:
+def foreign(
+    framework: str,
+    file_format: str,
+    file_bytes: int,
+    why_not: str,
+    *,
+    architecture: str = "",
+    notes: tuple[str, ...] = (),
+) -> ModelProfile:
     """A format that is named but not read: nothing about its inside is claimed."""
-    architecture = more.get("architecture", "")
     return ModelProfile(
         framework=framework,
         format=file_format,
@@ -185,4 +207,5 @@ def foreign(framework: str, file_format: str, file_bytes: int, why_not: str, **m
         confidence=0.5,
         unknown=("parameters", "layers", "family", "task", "input_shape", "requirements"),
         why_not=why_not,
+        notes=notes,
     )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\njobs.proto\x12\x07hive.v1\"\x18\n\x08\x44ocument\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x1b\n\x0cNodesRequest\x12\x0b\n\x03lan\x18\x01 \x01(\x08\"\x8a\x01\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\x0c\x12\x11\n\tcode_json\x18\x02 \x01(\x0c\x12\x11\n\tdata_json\x18\x03 \x01(\x0c\x12\x11\n\ttest_json\x18\x04 \x01(\x0c\x12\x14\n\x0cweights_json\x18\x05 \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\t\")\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\x1c\n\nJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"4\n\x0eMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\"0\n\x0e\x43ontrolRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\"5\n\x12NodeControlRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\"B\n\rEventsRequest\x12\x11\n\tafter_seq\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"n\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0btime_unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\x14\n\x0cpayload_json\x18\x06 \x01(\x0c\"P\n\x0bLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x13\n\x0b\x61\x66ter_bytes\x18\x04 \x01(\x04\"L\n\x08LogChunk\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x12\x11\n\tend_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\">\n\x0cTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x12\n\nlifetime_s\x18\x03 \x01(\x01\"!\n\rRevokeRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"&\n\rLocateRequest\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\">\n\x0bLocateReply\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\x12\x16\n\x0eshared_digests\x18\x02 \x03(\t2\xde\x06\n\x04Jobs\x12\x31\n\x05Nodes\x12\x15.hive.v1.NodesRequest\x1a\x11.hive.v1.Document\x12\x31\n\x04Plan\x12\x16.hive.v1.SubmitRequest\x1a\x11.hive.v1.Document\x12\x33\n\x06Submit\x12\x16.hive.v1.SubmitRequest\x1a\x11.hive.v1.Document\x12/\n\x04List\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12.\n\x04Show\x12\x13.hive.v1.JobRequest\x1a\x11.hive.v1.Document\x12\x31\n\x07\x45xplain\x12\x13.hive.v1.JobRequest\x1a\x11.hive.v1.Document\x12\x35\n\x07Metrics\x12\x17.hive.v1.MetricsRequest\x1a\x11.hive.v1.Document\x12\x35\n\x07\x43ontrol\x12\x17.hive.v1.ControlRequest\x1a\x11.hive.v1.Document\x12\x32\n\x06\x45vents\x12\x16.hive.v1.EventsRequest\x1a\x0e.hive.v1.Event0\x01\x12\x31\n\x04Logs\x12\x14.hive.v1.LogsRequest\x1a\x11.hive.v1.LogChunk0\x01\x12\x37\n\x0b\x43reateToken\x12\x15.hive.v1.TokenRequest\x1a\x11.hive.v1.Document\x12\x35\n\nListTokens\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12\x38\n\x0bRevokeToken\x12\x16.hive.v1.RevokeRequest\x1a\x11.hive.v1.Document\x12=\n\x0b\x43ontrolNode\x12\x1b.hive.v1.NodeControlRequest\x1a\x11.hive.v1.Document\x12\x31\n\x06\x44octor\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12\x36\n\x06Locate\x12\x16.hive.v1.LocateRequest\x1a\x14.hive.v1.LocateReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\njobs.proto\x12\x07hive.v1\"\x18\n\x08\x44ocument\x12\x0c\n\x04json\x18\x01 \x01(\x0c\"\x1b\n\x0cNodesRequest\x12\x0b\n\x03lan\x18\x01 \x01(\x08\"\x8a\x01\n\rSubmitRequest\x12\x11\n\tspec_json\x18\x01 \x01(\x0c\x12\x11\n\tcode_json\x18\x02 \x01(\x0c\x12\x11\n\tdata_json\x18\x03 \x01(\x0c\x12\x11\n\ttest_json\x18\x04 \x01(\x0c\x12\x14\n\x0cweights_json\x18\x05 \x01(\x0c\x12\x17\n\x0fidempotency_key\x18\x06 \x01(\t\"N\n\x0fIdentifyRequest\x12\x12\n\nmodel_json\x18\x01 \x01(\x0c\x12\x11\n\tcode_json\x18\x02 \x01(\x0c\x12\x14\n\x0cweights_json\x18\x03 \x01(\x0c\")\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\x0b\n\x03\x61ll\x18\x02 \x01(\x08\"\x1c\n\nJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"4\n\x0eMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nafter_step\x18\x02 \x01(\x04\"0\n\x0e\x43ontrolRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\"5\n\x12NodeControlRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\"B\n\rEventsRequest\x12\x11\n\tafter_seq\x18\x01 \x01(\x04\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"n\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0btime_unix_s\x18\x02 \x01(\x01\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12\x0f\n\x07node_id\x18\x05 \x01(\t\x12\x14\n\x0cpayload_json\x18\x06 \x01(\x0c\"P\n\x0bLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x13\n\x0b\x61\x66ter_bytes\x18\x04 \x01(\x04\"L\n\x08LogChunk\x12\x0c\n\x04text\x18\x01 \x01(\x0c\x12\x11\n\tend_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x66inished\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\">\n\x0cTokenRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04uses\x18\x02 \x01(\r\x12\x12\n\nlifetime_s\x18\x03 \x01(\x01\"!\n\rRevokeRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"&\n\rLocateRequest\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\">\n\x0bLocateReply\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\x12\x16\n\x0eshared_digests\x18\x02 \x03(\t2\x97\x07\n\x04Jobs\x12\x31\n\x05Nodes\x12\x15.hive.v1.NodesRequest\x1a\x11.hive.v1.Document\x12\x31\n\x04Plan\x12\x16.hive.v1.SubmitRequest\x1a\x11.hive.v1.Document\x12\x33\n\x06Submit\x12\x16.hive.v1.SubmitRequest\x1a\x11.hive.v1.Document\x12/\n\x04List\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12.\n\x04Show\x12\x13.hive.v1.JobRequest\x1a\x11.hive.v1.Document\x12\x31\n\x07\x45xplain\x12\x13.hive.v1.JobRequest\x1a\x11.hive.v1.Document\x12\x35\n\x07Metrics\x12\x17.hive.v1.MetricsRequest\x1a\x11.hive.v1.Document\x12\x35\n\x07\x43ontrol\x12\x17.hive.v1.ControlRequest\x1a\x11.hive.v1.Document\x12\x32\n\x06\x45vents\x12\x16.hive.v1.EventsRequest\x1a\x0e.hive.v1.Event0\x01\x12\x31\n\x04Logs\x12\x14.hive.v1.LogsRequest\x1a\x11.hive.v1.LogChunk0\x01\x12\x37\n\x0b\x43reateToken\x12\x15.hive.v1.TokenRequest\x1a\x11.hive.v1.Document\x12\x35\n\nListTokens\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12\x38\n\x0bRevokeToken\x12\x16.hive.v1.RevokeRequest\x1a\x11.hive.v1.Document\x12=\n\x0b\x43ontrolNode\x12\x1b.hive.v1.NodeControlRequest\x1a\x11.hive.v1.Document\x12\x31\n\x06\x44octor\x12\x14.hive.v1.ListRequest\x1a\x11.hive.v1.Document\x12\x36\n\x06Locate\x12\x16.hive.v1.LocateRequest\x1a\x14.hive.v1.LocateReply\x12\x37\n\x08Identify\x12\x18.hive.v1.IdentifyRequest\x1a\x11.hive.v1.Documentb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,32 +37,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODESREQUEST']._serialized_end=76
   _globals['_SUBMITREQUEST']._serialized_start=79
   _globals['_SUBMITREQUEST']._serialized_end=217
-  _globals['_LISTREQUEST']._serialized_start=219
-  _globals['_LISTREQUEST']._serialized_end=260
-  _globals['_JOBREQUEST']._serialized_start=262
-  _globals['_JOBREQUEST']._serialized_end=290
-  _globals['_METRICSREQUEST']._serialized_start=292
-  _globals['_METRICSREQUEST']._serialized_end=344
-  _globals['_CONTROLREQUEST']._serialized_start=346
-  _globals['_CONTROLREQUEST']._serialized_end=394
-  _globals['_NODECONTROLREQUEST']._serialized_start=396
-  _globals['_NODECONTROLREQUEST']._serialized_end=449
-  _globals['_EVENTSREQUEST']._serialized_start=451
-  _globals['_EVENTSREQUEST']._serialized_end=517
-  _globals['_EVENT']._serialized_start=519
-  _globals['_EVENT']._serialized_end=629
-  _globals['_LOGSREQUEST']._serialized_start=631
-  _globals['_LOGSREQUEST']._serialized_end=711
-  _globals['_LOGCHUNK']._serialized_start=713
-  _globals['_LOGCHUNK']._serialized_end=789
-  _globals['_TOKENREQUEST']._serialized_start=791
-  _globals['_TOKENREQUEST']._serialized_end=853
-  _globals['_REVOKEREQUEST']._serialized_start=855
-  _globals['_REVOKEREQUEST']._serialized_end=888
-  _globals['_LOCATEREQUEST']._serialized_start=890
-  _globals['_LOCATEREQUEST']._serialized_end=928
-  _globals['_LOCATEREPLY']._serialized_start=930
-  _globals['_LOCATEREPLY']._serialized_end=992
-  _globals['_JOBS']._serialized_start=995
-  _globals['_JOBS']._serialized_end=1857
+  _globals['_IDENTIFYREQUEST']._serialized_start=219
+  _globals['_IDENTIFYREQUEST']._serialized_end=297
+  _globals['_LISTREQUEST']._serialized_start=299
+  _globals['_LISTREQUEST']._serialized_end=340
+  _globals['_JOBREQUEST']._serialized_start=342
+  _globals['_JOBREQUEST']._serialized_end=370
+  _globals['_METRICSREQUEST']._serialized_start=372
+  _globals['_METRICSREQUEST']._serialized_end=424
+  _globals['_CONTROLREQUEST']._serialized_start=426
+  _globals['_CONTROLREQUEST']._serialized_end=474
+  _globals['_NODECONTROLREQUEST']._serialized_start=476
+  _globals['_NODECONTROLREQUEST']._serialized_end=529
+  _globals['_EVENTSREQUEST']._serialized_start=531
+  _globals['_EVENTSREQUEST']._serialized_end=597
+  _globals['_EVENT']._serialized_start=599
+  _globals['_EVENT']._serialized_end=709
+  _globals['_LOGSREQUEST']._serialized_start=711
+  _globals['_LOGSREQUEST']._serialized_end=791
+  _globals['_LOGCHUNK']._serialized_start=793
+  _globals['_LOGCHUNK']._serialized_end=869
+  _globals['_TOKENREQUEST']._serialized_start=871
+  _globals['_TOKENREQUEST']._serialized_end=933
+  _globals['_REVOKEREQUEST']._serialized_start=935
+  _globals['_REVOKEREQUEST']._serialized_end=968
+  _globals['_LOCATEREQUEST']._serialized_start=970
+  _globals['_LOCATEREQUEST']._serialized_end=1008
+  _globals['_LOCATEREPLY']._serialized_start=1010
+  _globals['_LOCATEREPLY']._serialized_end=1072
+  _globals['_JOBS']._serialized_start=1075
+  _globals['_JOBS']._serialized_end=1994
 # @@protoc_insertion_point(module_scope)

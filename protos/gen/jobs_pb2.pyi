@@ -34,6 +34,16 @@ class SubmitRequest(_message.Message):
     idempotency_key: str
     def __init__(self, spec_json: _Optional[bytes] = ..., code_json: _Optional[bytes] = ..., data_json: _Optional[bytes] = ..., test_json: _Optional[bytes] = ..., weights_json: _Optional[bytes] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
+class IdentifyRequest(_message.Message):
+    __slots__ = ("model_json", "code_json", "weights_json")
+    MODEL_JSON_FIELD_NUMBER: _ClassVar[int]
+    CODE_JSON_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_JSON_FIELD_NUMBER: _ClassVar[int]
+    model_json: bytes
+    code_json: bytes
+    weights_json: bytes
+    def __init__(self, model_json: _Optional[bytes] = ..., code_json: _Optional[bytes] = ..., weights_json: _Optional[bytes] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("limit", "all")
     LIMIT_FIELD_NUMBER: _ClassVar[int]

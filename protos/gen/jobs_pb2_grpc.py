@@ -114,6 +114,11 @@ class JobsStub:
                 request_serializer=jobs__pb2.LocateRequest.SerializeToString,
                 response_deserializer=jobs__pb2.LocateReply.FromString,
                 _registered_method=True)
+        self.Identify = channel.unary_unary(
+                '/hive.v1.Jobs/Identify',
+                request_serializer=jobs__pb2.IdentifyRequest.SerializeToString,
+                response_deserializer=jobs__pb2.Document.FromString,
+                _registered_method=True)
 
 
 class JobsServicer:
@@ -215,6 +220,12 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Identify(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -297,6 +308,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.Locate,
                     request_deserializer=jobs__pb2.LocateRequest.FromString,
                     response_serializer=jobs__pb2.LocateReply.SerializeToString,
+            ),
+            'Identify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Identify,
+                    request_deserializer=jobs__pb2.IdentifyRequest.FromString,
+                    response_serializer=jobs__pb2.Document.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -731,6 +747,33 @@ class Jobs:
             '/hive.v1.Jobs/Locate',
             jobs__pb2.LocateRequest.SerializeToString,
             jobs__pb2.LocateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Identify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hive.v1.Jobs/Identify',
+            jobs__pb2.IdentifyRequest.SerializeToString,
+            jobs__pb2.Document.FromString,
             options,
             channel_credentials,
             insecure,

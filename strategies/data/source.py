@@ -21,6 +21,7 @@ BUILTINS: dict[str, tuple[str, ...]] = {  # name -> the args it takes
     "diabetes": (),
     "stdlib": ("limit_bytes",),
 }
+MODEL_ALONE = "none:"  # of an identify task about a model without data; never of a job
 FORMATS = "npz, csv, parquet, jsonl, txt, a folder of these, builtin:NAME or FILE.py:FUNCTION"
 
 
@@ -61,6 +62,8 @@ def kind_of(source: str) -> SourceKind:
             f"use {FORMATS}",
             code=ErrorCode.UNSUPPORTED,
         )
+    if source == MODEL_ALONE:
+        raise unusable("a job needs data", f"use {FORMATS}")
     if entry_point(source):
         return SourceKind.FUNCTION
     suffix = PurePosixPath(source).suffix.lower()

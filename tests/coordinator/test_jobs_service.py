@@ -16,15 +16,16 @@ from controller_bench import CAPACITY, Coordinator
 from test_planner import DATA, LARGER_THAN_A_NODE, decide, node
 from test_planner import job as spec_of
 
+from coordinator.answers import fitting, whole_steps
 from coordinator.blobs import BlobStore
-from coordinator.cli import render
+from coordinator.cli import plan_view, render
 from coordinator.cluster import away, nobody
 from coordinator.control import events as e
 from coordinator.doctor import Doctor
 from coordinator.event_tail import EventTail
 from coordinator.identification import Identifier
 from coordinator.job_folder import JobFolders
-from coordinator.jobs_service import JobsService, fitting, whole_steps
+from coordinator.jobs_service import JobsService
 from coordinator.join_token import JoinToken
 from coordinator.learning import Learner
 from coordinator.placement import Placement
@@ -267,7 +268,7 @@ def test_explain_shows_what_is_planned_beforehand_for_a_running_job(tmp_path: Pa
         await house.service.placement.prepare(job_id, CUT, (NodeId("a"), NodeId("b"), NodeId("c")), 0.0)
         shown = read(await house.service.Explain(jobs_pb2.JobRequest(job_id=job_id), ADA))
         assert [each["strategy"] for each in shown["plan"]["spares"]][:3] == ["pipeline_parallel"] * 3
-        assert "if a is lost: pipeline_parallel on b, c" in render.plan(shown["plan"], None, shown["names"])
+        assert "if a is lost: pipeline_parallel on b, c" in plan_view.plan(shown["plan"], None, shown["names"])
 
     run(tmp_path, body)
 

@@ -194,7 +194,7 @@ def test_a_job_on_one_node_becomes_data_parallel_where_its_file_allows_that() ->
 
     back = goes_on(slow_links, strategy="data_parallel")
     assert (back.strategy, {subtask.node_id for subtask in back.subtasks}) == ("data_parallel", {"a", "b"})
-    assert back.reason.endswith("there are nodes for more than one rank")
+    assert back.reason.endswith("as the job file asks, now that it can be")
     assert goes_on(slow_links).strategy == "single_node"
     heavy = model(10_000, 1e10)
     assert goes_on(heavy).strategy == "data_parallel"
@@ -215,17 +215,6 @@ def test_an_interrupted_job_goes_on_where_its_newest_state_is() -> None:
 def test_a_lower_bound_of_nodes_is_kept_when_nodes_are_lost() -> None:
     with pytest.raises(NoPlacement, match=r"data_parallel: needs 2 usable nodes.*single_node: nodes.min asks for 2"):
         again("data_parallel", node("a"), nodes={"min": 2})
-
-
-def test_a_decision_over_eight_nodes_takes_less_than_fifty_milliseconds() -> None:
-    nodes = [node(f"n{index}", 5.0 + index) for index in range(8)]
-    decide(*nodes)
-    times = []
-    for _ in range(7):
-        started = time.perf_counter()
-        decide(*nodes)
-        times.append(time.perf_counter() - started)
-    assert sorted(times)[3] < 0.05
 
 
 def stack(blocks: int, parameters: int, flops: float = 1e9) -> ModelProfile:

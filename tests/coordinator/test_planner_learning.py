@@ -155,7 +155,7 @@ def test_an_event_of_a_later_version_is_passed_over_and_told(tmp_path: Path) -> 
     ("measured", "why"),
     [
         (Measured(False, 1, 500, 0.1, 0.5), "did not run to its end"),
-        (Measured(True, 3, 500, 0.1, 0.5), "re-formed 2 times"),
+        (Measured(True, 3, 5, 0.1, 0.5), "its last group made 5 steps only"),
         (Measured(True, 1, 0, 0.0, 0.5), "no step was measured"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_decision_is_written_down_with_everything_that_made_it(tmp_path: Path)
     assert [candidate["strategy"] for candidate in payload["candidates"]][-1] == "single_node"
     assert (payload["propensity"], payload["explored"], payload["expected_loss_s"]) == (1.0, False, 0.0)
     assert decision_payload(decide(learner), job(strategy="data_parallel"), PROFILE, DATA)["forced"]
-    assert {DECISION, OUTCOME} == set(KINDS)
+    assert {DECISION, OUTCOME} < set(KINDS)
 
 
 def test_what_exploring_costs_is_charged_when_it_is_decided(tmp_path: Path) -> None:

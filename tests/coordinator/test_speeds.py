@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_planner_learning import CLUSTER, DATA, PROFILE, job, ran
 
 from coordinator import views
-from coordinator.cli import render
+from coordinator.cli import plan_view
 from coordinator.comparison import compare
 from coordinator.learning import OUTCOME, Learner, Measured, outcome_payload
 from coordinator.planner import plan
@@ -35,10 +35,10 @@ def decide(learned: Learned | None = None, **parts: Any) -> Plan:
     return plan(job(**parts), PROFILE, DATA, cluster, learner.table, random.Random(0), learner.ledger)
 
 
-def usage(compute_s: float, sync_s: float = 0.0) -> Usage:
+def usage(compute_s: float, sync_s: float = 0.0, cpu_s: float = 0.0, carrying_s: float = 0.0) -> Usage:
     return Usage(
         64_000, 1000, 1000 * (compute_s + sync_s), 0.0, 0.0, 0, 3 * 10**8, baseline_memory_bytes=2 * 10**8,
-        step_compute_s=compute_s, step_sync_s=sync_s, step_bytes_sent=77,
+        step_compute_s=compute_s, step_sync_s=sync_s, step_bytes_sent=77, step_cpu_s=cpu_s, step_carrying_s=carrying_s,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_the_same_job_again_is_predicted_as_it_was_measured() -> None:
     assert again.estimate.step_s == pytest.approx(1.7 * made.estimate.step_s)
     assert again.estimate.basis is not None and again.estimate.basis.remembered
     assert again.estimate.seconds > made.estimate.seconds
-    assert "this very job ran before" in render.plan(documents.plain(again))
+    assert "this very job ran before" in plan_view.plan(documents.plain(again))
 
 
 def test_a_model_that_was_seen_is_predicted_with_its_own_ratio_in_another_batch() -> None:
@@ -127,6 +127,45 @@ def test_waiting_that_computing_does_not_explain_is_the_networks() -> None:
     assert slow.networks[("loopback", Work.WHOLE)] > 2
     quick = taught(outcome(made, {}, wait_s=exposed_s)).learned()
     assert quick.networks.get(("loopback", Work.WHOLE), 1.0) == pytest.approx(1.0)
+
+
+CAP = 0.25  # of a core
+
+
+def capped(network: str = "10.0.0.0/8") -> Plan:
+    """A group of nodes with a quarter of a core each."""
+    made = decide(strategy="data_parallel")
+    ranks = tuple(replace(rank, cores=CAP) for rank in made.estimate.ranks)
+    coordination = replace(made.coordination_plan, network=network)
+    return replace(made, estimate=replace(made.estimate, ranks=ranks), coordination_plan=coordination)
+
+
+def in_bursts(made: Plan, network: float = 0.0) -> dict[str, Any]:
+    """Of ranks that computed what was predicted, but three times as fast as their cap goes on, for what they did not
+    use of it while they waited; `network`: of their cap, what carrying messages took."""
+    alone = [rank.compute_s for rank in made.estimate.ranks]
+    step_s = max(alone) * (1 + network)
+    usages = tuple(
+        (k, usage(each / 3, step_s - each / 3, CAP * each, CAP * network * each)) for k, each in enumerate(alone)
+    )
+    payload: dict[str, Any] = json.loads(
+        json.dumps(outcome_payload(made, Measured(True, 1, 1000, step_s, 0.5, usages=usages)))
+    )
+    return payload
+
+
+def test_a_capped_node_that_computed_in_bursts_is_no_quicker_alone() -> None:
+    """It used what its cap allows all the same: CPU time over the granted cores is what it takes alone."""
+    known = taught(in_bursts(capped())).learned()
+    assert all(factor == pytest.approx(1.0) for factor in known.models.values())
+    alone = decide(known, strategy="single_node")
+    assert alone.estimate.step_s == pytest.approx(decide(strategy="single_node").estimate.step_s)
+
+
+def test_a_step_that_took_as_long_as_a_cap_lets_it_says_nothing_about_the_network_between_machines() -> None:
+    assert not taught(in_bursts(capped(), network=0.5)).learned().networks
+    known = taught(in_bursts(capped("loopback"), network=0.5)).learned()
+    assert known.networks[("loopback", Work.WHOLE)] > 1, "over loopback cores are all there is"
 
 
 def test_repeated_outcomes_settle_and_what_is_learned_stays_within_bounds() -> None:
@@ -198,5 +237,5 @@ def test_predicted_and_measured_stand_beside_each_other() -> None:
     assert predicted["step_s"] == made.estimate.step_s
     assert predicted["memory_bytes"] == made.estimate.memory_bytes[NodeId("a")] - RESERVE_BYTES
     assert measured == {"step_s": 0.3, "compute_s": 0.2, "bytes": 77, "memory_bytes": 10**8}
-    text = render.plan(documents.plain(made), {"step_s": 0.3, "nodes": table})
+    text = plan_view.plan(documents.plain(made), {"step_s": 0.3, "nodes": table})
     assert "PREDICTED" in text and "MEASURED" in text and "anna" in text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coordinator.records import Job
-from coordinator.submission import Submission, of_record, of_request
+from coordinator.submission import Submission, of_model, of_record, of_request
 from protos import documents, jobspec, limits
 from protos.artifact import FileEntry, Manifest, digest_bytes
 from protos.errors import SpecError
@@ -16,6 +16,7 @@ from protos.gen import jobs_pb2
 from protos.ids import JobId
 from protos.states import JobState, Reason
 from protos.work import Task, TaskKind
+from strategies.data.source import MODEL_ALONE
 
 SPEC: dict[str, Any] = {"name": "digits", "model": {"source": "model.py:build"}, "data": {"source": "train.npz"}}
 
@@ -27,6 +28,20 @@ def manifest(**files: bytes) -> Manifest:
 def request(spec: dict[str, Any] | None = None, **parts: Manifest) -> jobs_pb2.SubmitRequest:
     encoded: dict[str, Any] = {f"{name}_json": documents.encode(part) for name, part in parts.items()}
     return jobs_pb2.SubmitRequest(spec_json=json.dumps(spec or SPEC).encode(), **encoded)
+
+
+def test_a_model_alone_is_for_identification_and_never_a_job() -> None:
+    model = json.dumps({"source": "net.py:build", "args": {"n": 3}}).encode()
+    made = of_model(
+        jobs_pb2.IdentifyRequest(model_json=model, code_json=documents.encode(manifest(net=b"def build()")))
+    )
+    assert (made.spec.model.source, made.spec.model.args, made.data) == ("net.py:build", {"n": 3}, None)
+    assert made.spec.data.source == MODEL_ALONE and made.code is not None
+    with pytest.raises(SpecError, match="a job needs data"):
+        of_request(request({**SPEC, "data": {"source": MODEL_ALONE}}))
+    for wrong in (b"", b"[", b"[]", b'{"source": 3}', b'{"source": "x", "more": 1}'):
+        with pytest.raises(SpecError):
+            of_model(jobs_pb2.IdentifyRequest(model_json=wrong))
 
 
 def test_what_was_submitted_comes_back_from_the_record_as_it_was() -> None:

@@ -43,6 +43,12 @@ def all_arithmetic(measured: Calibration) -> Calibration:
     return replace(measured, families=dict.fromkeys(measured.families, ALL_ARITHMETIC), memory_bandwidth=FREE_MEMORY)
 
 
+def all_arithmetic_of_a_real_machine(measured: Calibration) -> Calibration:
+    """So slow that two nodes are clearly quicker than one, whatever this machine did while it measured."""
+    rate = FamilyRate(flops=6e9, overhead_s=1e-4)
+    return replace(measured, families=dict.fromkeys(measured.families, rate), memory_bandwidth=FREE_MEMORY)
+
+
 def boasting(measured: Calibration) -> Calibration:
     families = {name: FamilyRate(20 * rate.flops, rate.overhead_s / 20) for name, rate in measured.families.items()}
     return replace(measured, families=families)
@@ -63,6 +69,27 @@ def test_a_node_that_turned_out_slow_is_not_chosen_again_across_a_restart(made: 
     made.wait_ready(len(made.nodes))
     second = made.submit(WIDE, *sets, "train.batch_size=256")
     assert made.wait(second)["nodes"] == ["n0"], made.ask("explain", second)["plan"]["reason"]
+
+
+def test_a_job_that_is_far_slower_than_predicted_changes_its_strategy_and_loses_nothing(made: Cluster) -> None:
+    """1 together they should be quicker 2 they are not: one goes on alone from where they were 3 the next job of the
+    kind starts alone."""
+    believe(made, ["n0", "n1"], all_arithmetic_of_a_real_machine)
+    sets = ("model.source=model.py:hesitant", "train.batch_size=512", "train.steps=600", "strategy=auto")
+    sets = (*sets, "nodes.require.names=[n0, n1]", "train.evaluate_every=never")
+    first = made.submit(WIDE, *sets)
+    ended = made.wait(first)
+    assert (ended["state"], ended["strategy"], ended["step"]) == ("SUCCEEDED", "single_node", 600)
+    said = [
+        event["payload"] for event in made.events("--job", first) if event["kind"] in ("decision", "trial", "outcome")
+    ]
+    assert [each["strategy"] for each in said][:2] == ["data_parallel"] * 2
+    assert said[1]["counted"] and said[1]["measured_step_s"] > 0.25 > said[1]["predicted_step_s"]
+    metrics = made.metrics(first)
+    assert [line["step"] for line in metrics] == list(range(1, 601)), "no step was made twice or left out"
+    again = made.submit(WIDE, *sets)
+    assert made.wait(again)["strategy"] == "single_node"
+    assert made.show(again)["fence"] == 1, "it knew"
 
 
 def test_what_a_job_really_took_is_predicted_the_next_time_across_a_restart(made: Cluster) -> None:

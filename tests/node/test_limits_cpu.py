@@ -16,6 +16,8 @@ from node import cgroup, cpu_limit, process_tree
 from node.cpu_limit import CpuLimit, DutyLimit
 from protos import machine_bounds
 
+pytestmark = pytest.mark.alone
+
 SPIN = "while True: pass"
 SPIN_IN_TWO_PROCESSES = "import os\nos.fork()\nwhile True: pass"
 

@@ -71,6 +71,9 @@ def test_no_snapshot_at_all_is_said_not_raised(tmp_path: Path) -> None:
     assert "no usable snapshot" in loaded.reason
 
 
+EMPTY: dict[str, list[float]] = {"residual": [], "n": [], "mean": [], "m2": []}
+
+
 def edited(**changes: object) -> str:
     body = snapshot.document(learned(9), Ledger()) | changes
     return json.dumps(body | {"sha256": snapshot.checksum(body)})
@@ -83,11 +86,16 @@ def edited(**changes: object) -> str:
         ("[]", "schema"),
         ("nonsense", "Expecting value"),
         ("[" * 100_000, "deep"),
+        ('{"schema": "hive/qtable/v1", "Q": ' + "[" * 960 + "]" * 960 + "}", "deep|checksum"),
         (edited(Q=[0.0]), "reshape"),
         (edited(actions=["single_node"]), "other bins or actions"),
         (edited(bins={}), "other bins or actions"),
-        (edited(n=[-1.0] * 720), "negative"),
-        (edited(n=[0.5] * 720), "whole"),
+        (edited(n=[1.0] * 720), "n is not what its contributions add up to"),
+        (edited(Q=[0.5] * 720), "Q is not what its contributions add up to"),
+        (edited(contributions={"": {"seq": 1, "cell": [0], "residual": [9.0]}}), "lacks a field"),
+        (edited(origin="x", contributions={"\x1b[2J": {"seq": 1, "cell": [], **EMPTY}}), "names its origin"),
+        (edited(contributions=[]), "not what its contributions add up to"),
+        (edited(contributions=None), "wrong type"),
         (edited(Q=["x"] * 720), "could not convert"),
         (edited(last_event_seq=-1), "negative"),
         (edited(ledger=None), "wrong type"),

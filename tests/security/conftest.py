@@ -71,7 +71,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "calibration"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def working(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Iterator[Working]:
     cluster = Cluster(tmp_path_factory.mktemp("guarded"), calibration)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sim_clock import Clock
-from sim_coordinator import Crashed, SimCoordinator
+from sim_coordinator import Crashed, SimCoordinator, plan_on
 from sim_invariants import Watch
 from sim_network import Network
 from sim_node import MemorySpool, SimNode
@@ -61,9 +61,10 @@ class Faults:
     administrator: float = 0.01
     user: float = 0.03
     disk: float = 0.005
+    revise: float = 0.2  # a better plan for a running job, also where none is
 
 
-CALM = Faults(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+CALM = Faults(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(eq=False)
@@ -94,6 +95,8 @@ class World:
         self.partitions: dict[NodeId, float] = {}
         self.failures: list[Exception] = []
         self.disk_full = 0
+        self.reviser = random.Random(f"revise/{self.seed}")
+        self.revised = 0  # and was taken
         self.coordinator: SimCoordinator | None = None
         self.mended = False
         count = self.nodes_count or self.random.randint(1, 4)
@@ -256,12 +259,42 @@ class World:
         self._often(self.faults.administrator, self._administrator)
         self._often(self.faults.user, self._user)
         self._often(self.faults.disk, self._fill_disk)
+        self._often(self.faults.revise, self._revise, self.reviser)
 
-    def _often(self, per_s: float, action: Callable[[], Any]) -> None:
-        when_s = self.random.expovariate(per_s) if per_s else self.faults_s
+    def _often(self, per_s: float, action: Callable[[], Any], drawn: random.Random | None = None) -> None:
+        drawn = drawn or self.random
+        when_s = drawn.expovariate(per_s) if per_s else self.faults_s
         while when_s < self.faults_s:
             self.clock.after(when_s, action)
-            when_s += self.random.expovariate(per_s)
+            when_s += drawn.expovariate(per_s)
+
+    async def _revise(self) -> None:
+        """Over any of its nodes and the idle ones; what was decided may be a little out of date."""
+        if self.coordinator is None:
+            return
+        state = self.coordinator.controller.state
+        running = [job for job in state.jobs.values() if job.state is JobState.RUNNING]
+        if not running:
+            return
+        job = self.reviser.choice(running)
+        own = {attempt.node_id for attempt in job.attempts}
+        nodes = sorted(own | set(state.idle()))
+        least, most = self.jobs[job.job_id].nodes_min, self.jobs[job.job_id].nodes_max
+        if len(nodes) < least:
+            return
+        count = self.reviser.randint(least, min(most, len(nodes)))
+        chosen = self.reviser.sample(nodes, count)
+        plan = plan_on([node for node in chosen for _ in range(self.ranks(node))], self.timing.start_s)
+        fence = type(job.fence)(max(1, job.fence - (self.reviser.random() < 0.1)))
+        self.clock.after(
+            self.reviser.uniform(0.0, 2.0), lambda: self._revised(e.Revised(job.job_id, fence, plan, "better"))
+        )
+
+    async def _revised(self, event: e.Revised) -> None:
+        if self.coordinator is not None:
+            await self.coordinator.controller.post(event)
+            job = self.coordinator.controller.state.jobs.get(event.job_id)
+            self.revised += job is not None and job.next_plan is event.plan
 
     def _cut_one(self) -> None:
         node = self.random.choice(self.nodes)

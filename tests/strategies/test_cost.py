@@ -73,6 +73,41 @@ def test_a_ring_all_reduce_is_its_closed_form() -> None:
     assert cost.all_reduce_bytes(4, 100.0) == pytest.approx(4 * 150.0)
 
 
+@pytest.mark.parametrize(
+    ("computes_s", "waits_s", "mechanism", "step_s"),
+    [
+        (0.01, 0.005, "cgroup1", 0.040),
+        (0.02, 0.020, "cgroup1", 0.081),
+        (0.05, 0.030, "cgroup1", 0.201),
+        (0.05, 0.100, "cgroup1", 0.260),
+        (0.15, 0.100, "cgroup1", 0.655),
+        (0.15, 0.300, "cgroup1", 0.852),
+        (0.40, 0.200, "cgroup1", 1.765),
+        (0.05, 0.100, "duty_cycle", 0.198),
+        (0.15, 0.100, "duty_cycle", 0.599),
+        (0.15, 0.300, "duty_cycle", 0.605),
+    ],
+)
+def test_a_quota_that_was_not_used_while_waiting_is_used_afterwards(
+    computes_s: float, waits_s: float, mechanism: str, step_s: float
+) -> None:
+    """Measured with a process that computes and sleeps in turn under a quarter of a core."""
+    node = capacity(cores=0.25, cpu_mechanism=mechanism)
+    predicted_s = cost.in_group_s(computes_s / 0.25, waits_s, 0.0, node, overlap=1.0)
+    assert predicted_s == pytest.approx(step_s, rel=0.1)
+
+
+@given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(0, 1e3), st.floats(0.01, 8), st.floats(1, 10))
+def test_a_cap_never_gives_more_than_it_grants_nor_takes_more_than_waiting_for_everything(
+    compute_s: float, network_s: float, carrying_s: float, cores: float, overlap: float
+) -> None:
+    step_s = cost.in_group_s(compute_s, network_s, carrying_s, capacity(cores=cores), overlap)
+    assert step_s >= max(compute_s + carrying_s, network_s) * (1 - 1e-9)
+    assert step_s <= max(compute_s + carrying_s, cost.mix(compute_s, network_s, overlap)) * (1 + 1e-9)
+    whole = cost.in_group_s(compute_s, network_s, 0.0, capacity(cores=2.0), overlap)
+    assert whole == pytest.approx(max(compute_s, cost.mix(compute_s, network_s, overlap)))
+
+
 @given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1, 10))
 def test_overlap_lies_between_full_and_none(compute_s: float, network_s: float, overlap: float) -> None:
     mixed = cost.mix(compute_s, network_s, overlap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -209,16 +208,3 @@ def test_the_split_of_a_builtin_can_be_chosen() -> None:
     assert found.test is not None
     assert found.test.rows == 75
     assert found.train.digest != builtin("iris").train.digest
-
-
-def test_a_batch_in_memory_costs_a_few_microseconds() -> None:
-    dataset = builtin("digits").train
-    indices = np.arange(64, dtype=np.int64)
-    best = min(_seconds(dataset, indices) for _ in range(50))
-    assert best < 100e-6
-
-
-def _seconds(dataset: Dataset, indices: Any) -> float:
-    start = time.perf_counter()
-    dataset.batch(indices)
-    return time.perf_counter() - start

@@ -12,6 +12,24 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
+class Hesitates(nn.Module):
+    """On less than the whole batch it takes a quarter of a second longer: no prediction can know that."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.layers = wide()
+        self.batch = batch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if 1 < x.shape[0] < self.batch and self.training:
+            time.sleep(0.25)
+        return self.layers(x)
+
+
+def hesitant(batch: int = 512) -> nn.Module:
+    return Hesitates(batch)
+
+
 def broken() -> nn.Module:
     raise RuntimeError("the architect forgot the roof")
 

@@ -1,0 +1,251 @@
+"""What the choice is worth on real jobs: `python -m bench.oracle [--network NAME] [--rounds N] [--quick]`.
+
+Every job runs under `auto` and under every strategy that is possible, in turn, three times over, on four machines of
+unlike caps and shaped links (network namespaces: needs root). Time counts from the submission until the end of a job
+whose validation loss is where it should be, so planning, trials and starting are in it. In the first round `auto` goes
+first: it has never seen the job. single_node runs twice in each round: the one over the other is the A/A control.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if not __package__:  # run as a script: what is imported lies beside this folder, not in it
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from bench.oracle_jobs import CPUS, MODELS, NETWORKS, NODES, STRATEGIES, OracleJob, file_of
+from bench.paired import Estimate, estimate
+from bench.report import Bound, Figure, Finding, Gate, figure_of
+from bench.runner import options, perform
+from bench.stage import Stage
+from tests.e2e.cluster import until
+from tests.netns.lan_cluster import LanCluster
+from tests.netns.machines import lan, why_not
+
+AUTO, SINGLE, CONTROL = "auto", "single_node", "single_node again"
+MEMORY = "2GiB"
+LOSS_SLACK = 0.02  # of the validation loss: the same steps in another order of additions
+GIVEN_UP = 4.0  # times the quickest so far: a strategy that is slower is ended, and not run again
+LEAST_DEADLINE_S = 60.0
+OF_BEST, OF_BEST_SHARE, OF_SINGLE = 1.10, 0.90, 1.05
+JOBS, OTHERS_WIN, WINNERS = 20, 5, 3  # fewer, or won by fewer, and the jobs prove nothing
+
+
+@dataclass(slots=True)
+class Measured:
+    """One job. `seconds`: by what it ran as, a value a round; `taken`: what `auto` ended with, round by round."""
+
+    job: OracleJob
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # not possible, or given up, with the reason
+    taken: list[str] = field(default_factory=list)
+    target: float | None = None
+
+    @property
+    def strategies(self) -> dict[str, float]:
+        """Median seconds of every strategy that was run to its end in every round."""
+        return {name: median(each) for name, each in self.seconds.items() if name in STRATEGIES}
+
+    @property
+    def winner(self) -> str:
+        return min(self.strategies, key=lambda name: self.strategies[name])
+
+    def auto_over(self, seconds: float) -> float:
+        return median(self.seconds[AUTO]) / seconds
+
+    @property
+    def of_best(self) -> float:
+        return self.auto_over(self.strategies[self.winner])
+
+    @property
+    def of_single(self) -> float:
+        return self.auto_over(self.strategies[SINGLE])
+
+    @property
+    def first_of_best(self) -> float:
+        """What `auto` took when it had not seen the job."""
+        return self.seconds[AUTO][0] / self.strategies[self.winner]
+
+
+def oracle(networks: Sequence[str], stage: Stage) -> Finding:
+    if reason := why_not():
+        raise RuntimeError(reason)
+    measured = [each for name in networks for each in _on(name, stage)]
+    table = markdown(measured)
+    stage.tell(table)
+    return Finding("oracle", figures(measured), {"jobs": [asdict(each) for each in measured], "markdown": table})
+
+
+def _on(name: str, stage: Stage) -> list[Measured]:
+    folder = stage.subfolder(f"oracle/{len(list(stage.subfolder('oracle').iterdir()))}")
+    with lan(1 + len(NODES)) as made:
+        office = LanCluster(folder, stage.folder / "calibration", lan=made)
+        try:
+            for number, rate in enumerate(NETWORKS[name], 1):
+                made.shape(number, rate)
+            office.coordinator_on(made[0], "--no-advertise")
+            for number, node in enumerate(NODES, 1):
+                flags = ("--no-advertise", "--trusted-lan", made[number].interface)
+                office.start_node(node, CPUS[node], MEMORY, *flags, prefix=made[number].prefix)
+            office.wait_ready(len(NODES), 300.0)
+            pairs = len(NODES) * (len(NODES) - 1) // 2
+            until(lambda: len(office.ask("nodes")["links"]) == pairs, "every pair of nodes is measured", 120.0)
+            models = MODELS[:2] if stage.quick else MODELS
+            return [_job(stage, office, OracleJob(name, model)) for model in models]
+        finally:
+            office.close()
+
+
+def _job(stage: Stage, office: LanCluster, job: OracleJob) -> Measured:
+    found = Measured(job)
+    files = {name: file_of(job.model, name, stage.subfolder("jobs")) for name in (AUTO, *STRATEGIES)}
+    for name in STRATEGIES:
+        if why := _why_not(office, files[name]):  # it also identifies the model, which no run is then charged with
+            found.refused[name] = why
+    for number in range(stage.rounds):
+        forced = [SINGLE, *(name for name in STRATEGIES if name != SINGLE), CONTROL]
+        order = [AUTO, *forced] if not number else [*forced[number:], *forced[:number], AUTO]
+        for name in order:
+            if name not in found.refused:
+                _run(stage, office, found, name, files[SINGLE if name == CONTROL else name])
+    stage.tell(
+        f"{job.name}: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in found.strategies.items())}; auto "
+        f"{median(found.seconds[AUTO]):.1f} s ({' '.join(found.taken)}): {found.of_best:.2f} of the best"
+    )
+    return found
+
+
+def _why_not(office: LanCluster, file: Path) -> str:
+    done = office.hive("plan", str(file), "-o", "json", check=False)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return str(answer["error"]["message"]) if "error" in answer else ""
+
+
+def _run(stage: Stage, office: LanCluster, found: Measured, name: str, file: Path) -> None:
+    best_s = min((min(each) for each in found.seconds.values()), default=math.inf)
+    deadline_s = max(LEAST_DEADLINE_S, GIVEN_UP * best_s) if found.seconds else 900.0
+    job_id = office.submit(file)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        office.hive("wait", job_id, check=False, deadline_s=deadline_s)
+    job = office.show(job_id)
+    if job["state"] != "SUCCEEDED":
+        if job["finished_s"] is None:
+            office.hive("cancel", job_id)
+            office.wait(job_id)
+        if name in (AUTO, SINGLE, CONTROL):
+            raise AssertionError(f"{found.job.name}, {name}: {job['state']}: {job['message']}")
+        found.seconds.pop(name, None)
+        found.refused[name] = f"over {deadline_s:.0f} s: given up" if job["finished_s"] is None else str(job["message"])
+        return
+    loss = _validation_loss(office, job_id)
+    if found.target is None:
+        found.target = loss
+    if loss > found.target * (1 + LOSS_SLACK):
+        raise AssertionError(f"{found.job.name}, {name}: validation loss {loss:.4f} instead of {found.target:.4f}")
+    found.seconds.setdefault(name, []).append(float(job["finished_s"]) - float(job["submitted_s"]))
+    if name == AUTO:
+        found.taken.append(str(job["strategy"]))
+
+
+def _validation_loss(office: LanCluster, job_id: str) -> float:
+    lines = office.artifact(job_id, "metrics.jsonl").read_text().splitlines()
+    return float([record for line in lines if (record := json.loads(line))["stage"] == "evaluate"][-1]["loss"])
+
+
+def control(measured: Sequence[Measured]) -> Estimate:
+    """One run of single_node over another one of the same round, larger over smaller by chance: around 1."""
+    ratios = [
+        again / first
+        for each in measured
+        for first, again in zip(each.seconds[SINGLE], each.seconds[CONTROL], strict=False)
+    ]
+    return estimate(ratios)
+
+
+def figures(measured: Sequence[Measured]) -> tuple[Figure, ...]:
+    """The gates are widened by what the control says two equal runs differ."""
+    noise = control(measured)
+    wider = max(1.0, noise.high, 1 / noise.low)
+    near = sum(each.of_best <= OF_BEST * wider for each in measured) / len(measured)
+    worst = max(measured, key=lambda each: each.of_single)
+    winners = [each.winner for each in measured]
+    found = [
+        Figure(
+            each.job.name,
+            each.of_best,
+            "x the best",
+            note=f"{each.winner} wins; auto: {', '.join(each.taken)}; first time {each.first_of_best:.2f}",
+        )
+        for each in measured
+    ]
+    return (
+        *found,
+        figure_of("A/A control", noise, "x", note="single_node beside itself"),
+        Figure(
+            f"share of jobs where auto takes at most {OF_BEST * wider:.2f} times the best",
+            near,
+            gate=Gate(Bound.AT_LEAST, OF_BEST_SHARE),
+        ),
+        Figure(
+            "auto beside the best single node, worst job",
+            worst.of_single,
+            "x",
+            gate=Gate(Bound.BELOW, OF_SINGLE * wider),
+            note=worst.job.name,
+        ),
+        Figure("jobs", len(measured), gate=Gate(Bound.AT_LEAST, JOBS)),
+        Figure(
+            "jobs won by something else than single_node",
+            sum(name != SINGLE for name in winners),
+            gate=Gate(Bound.AT_LEAST, OTHERS_WIN),
+        ),
+        Figure(
+            "strategies that win somewhere",
+            len(set(winners)),
+            gate=Gate(Bound.AT_LEAST, WINNERS),
+            note=", ".join(sorted(set(winners))),
+        ),
+    )
+
+
+def markdown(measured: Sequence[Measured]) -> str:
+    """Seconds, medians; the best strategy in bold."""
+    head = ["network", "model", *STRATEGIES, "`auto`", "took", "of the best", "the first time"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for each in measured:
+        cells = [_cell(each, name) for name in STRATEGIES]
+        auto = f"{median(each.seconds[AUTO]):.1f}"
+        tail = [auto, ", ".join(each.taken), f"{each.of_best:.2f}", f"{each.first_of_best:.2f}"]
+        lines.append(f"| {' | '.join([each.job.network, each.job.model.name, *cells, *tail])} |")
+    reasons = {f"{name}: {why}" for each in measured for name, why in each.refused.items()}
+    return "\n".join([*lines, "", *(f"- {reason}" for reason in sorted(reasons))])
+
+
+def _cell(measured: Measured, name: str) -> str:
+    seconds = measured.strategies.get(name)
+    if seconds is None:
+        return "-"
+    return f"**{seconds:.1f}**" if name == measured.winner else f"{seconds:.1f}"
+
+
+def main() -> int:
+    parser = options(__doc__.splitlines()[0] if __doc__ else "", {"oracle": partial(oracle, ())})
+    parser.add_argument("--network", action="append", choices=list(NETWORKS), help="only this one; several times")
+    chosen = parser.parse_args()
+    chosen.rounds = chosen.rounds or (1 if chosen.quick else 3)
+    networks = chosen.network or list(NETWORKS)[-1 if chosen.quick else 0 :]
+    return perform({"oracle": partial(oracle, networks)}, chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

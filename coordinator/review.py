@@ -1,0 +1,214 @@
+"""Whether a running job goes on under another plan: pure.
+
+Asked once a group has shown how long its steps take, and again when nodes, links or speeds have changed. The step that
+was measured stands against what is predicted of all other plans over the nodes of the job and those that are idle.
+Owns the trials of a job that began with some: one after the other, those left out that can no longer win, then the
+quickest; and that some are worth it after what the first group has shown. A job does not swing to and fro: a change
+must save more than twice what it costs, and be clearly quicker than what was measured, the more clearly where it is
+only predicted (qtable/probing.py). A strategy that the job file names is kept, or gone back to; only its nodes and
+cut may change.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from coordinator import planner
+from coordinator.planner import Consideration
+from protos.ids import Fence, NodeId
+from protos.jobspec import JobSpec
+from protos.model import ModelProfile
+from protos.plan import ClusterView, DataProfile, Plan
+from qtable.policy import BAND, Ledger, choose
+from qtable.probing import ABORT_STEPS, REPEAT_DEVIATION, Arm, Belief, abort, belief, worth_switching
+from qtable.table import QTable
+from strategies.base import Inputs
+from strategies.cost import COST_MODEL_VERSION, assumed_steps
+from strategies.learned import with_running
+from strategies.survival import efficiency
+
+MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job is. `step_s`: a usual step of the group that runs, of which `steps_here` were made; `changes`: how
+    often it took another plan; `unfit`: strategies that could not begin."""
+
+    plan: Plan
+    fence: Fence
+    step: int
+    steps_here: int
+    step_s: float
+    changes: int = 0
+    unfit: frozenset[str] = frozenset()
+
+    @property
+    def trying(self) -> bool:
+        return len(self.plan.trials) > 0
+
+    @property
+    def tried(self) -> bool:
+        """Whether the trial that runs has made its steps."""
+        return self.steps_here >= self.plan.trial_steps
+
+    @property
+    def own(self) -> frozenset[NodeId]:
+        return frozenset(subtask.node_id for subtask in self.plan.subtasks)
+
+
+def steps_needed(plan: Plan) -> int:
+    """Steps of a group, before they say all that they are made for."""
+    return max(plan.trial_steps, ABORT_STEPS) if plan.trials else ABORT_STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`plan`: to change to; None: the one that runs stays, for good where trials are `over`."""
+
+    message: str
+    plan: Plan | None = None
+    over: bool = False
+
+
+def review(
+    standing: Standing, spec: JobSpec, profile: ModelProfile, data: DataProfile, cluster: ClusterView, table: QTable
+) -> Verdict:
+    """`cluster`: the nodes of the job and those it could have beside them."""
+    running = standing.plan
+    left = (running.steps or assumed_steps(profile, spec.train, data)) - standing.step
+    stays = Verdict(f"{running.strategy} stays", over=standing.trying)
+    if left <= 0 or standing.changes >= MOST_CHANGES:
+        return stays
+    if running.cost_model_version == COST_MODEL_VERSION:
+        cluster = replace(cluster, learned=with_running(cluster.learned, running.estimate, standing.step_s))
+    inputs = Inputs(spec, profile, data, cluster)
+    considered = planner.consider(planner.without_shape(inputs, running.strategy), table)
+    arms = _arms(considered, standing, left)
+    switch_s = considered.switch_s + standing.step_s  # and the step that is under way
+    if spec.strategy != "auto":
+        if (
+            spec.strategy != running.strategy
+            and spec.strategy in considered.placed
+            and left * standing.step_s > switch_s
+        ):
+            return _changed(considered, spec.strategy, f"{spec.strategy}, as the job file asks, now that it can be")
+        return _other_of_the_same(considered, standing, left, switch_s) or stays
+    waiting, steps = _next_trials(considered, standing, arms, left), running.trial_steps
+    if standing.trying and not standing.tried and not _hopeless(standing, arms, waiting):
+        return Verdict(f"{running.strategy} is being tried")
+    if not standing.trying:  # what it turned out to take may make it worth knowing what others do
+        found = choose(
+            arms, (), considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=running.strategy
+        )
+        waiting, steps = found.trials if found.action != running.strategy else (), found.trial_steps
+    if waiting and left * standing.step_s > 2 * switch_s:
+        message = f"tries {waiting[0]} for {steps} steps"
+        plan = planner.plan_of(considered, waiting[0], message, 1.0, None)
+        return Verdict(message, replace(plan, trials=waiting, trial_steps=steps))
+    for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
+        if name == running.strategy:
+            break
+        expected_s = _expected_s(arms, considered, name)
+        worth = worth_switching(arms[running.strategy].seconds - expected_s, switch_s)
+        if worth and _clearly(standing, expected_s / left, arms[name].measured):
+            against = _against(expected_s / left, standing.step_s)
+            return _changed(considered, name, f"{name} instead of {running.strategy}: {against}")
+    return _other_of_the_same(considered, standing, left, switch_s) or stays
+
+
+def _changed(considered: Consideration, strategy: str, message: str) -> Verdict:
+    return Verdict(message, planner.plan_of(considered, strategy, message, 1.0, None))
+
+
+def _next_trials(considered: Consideration, standing: Standing, arms: Mapping[str, Arm], left: int) -> tuple[str, ...]:
+    """Those that wait and could still be the quickest, from the first that can; none where too little is left."""
+    if left <= 2 * standing.plan.trial_steps:
+        return ()
+    for index, action in enumerate(standing.plan.trials[1:], start=1):
+        if action in arms and _may_win(action, arms, considered.residuals, standing.plan.strategy):
+            return standing.plan.trials[index:]
+    return ()
+
+
+def _hopeless(standing: Standing, arms: Mapping[str, Arm], waiting: tuple[str, ...]) -> bool:
+    """A trial is ended early when what comes next is clearly better: it would only cost time to know by how much."""
+    known = [*waiting, *(name for name, arm in arms.items() if arm.measured and name != standing.plan.strategy)]
+    return any(abort(standing.step_s, 2 * arms[name].step_s) for name in known)
+
+
+def _expected_s(arms: Mapping[str, Arm], considered: Consideration, name: str) -> float:
+    return belief(arms[name], considered.residuals[name]).median_s
+
+
+def _clearly(standing: Standing, step_s: float, measured: bool) -> bool:
+    """Whether steps of `step_s` are shorter by more than two runs of the same, or a prediction, can be off."""
+    if measured:
+        return step_s * (1 + (REPEAT_DEVIATION if standing.trying else BAND)) < standing.step_s
+    return abort(standing.step_s, step_s)
+
+
+def _arms(considered: Consideration, standing: Standing, left: int) -> dict[str, Arm]:
+    """Of what is left of the job; that of the running strategy as it runs."""
+    arms = {
+        name: replace(arm, seconds=left * arm.step_s / considered.survival[name], steps=left)
+        for name, arm in considered.arms.items()
+        if name not in standing.unfit
+    }
+    inputs, plan = considered.inputs, standing.plan
+    nodes = [node for node in inputs.cluster.nodes if node.node_id in standing.own]
+    survival = efficiency(nodes, plan.layout, inputs.spec.checkpoint.every_s)
+    arms[plan.strategy] = Arm(left * standing.step_s / survival, standing.step_s, left, REPEAT_DEVIATION, True)
+    return arms
+
+
+def _may_win(action: str, arms: Mapping[str, Arm], residuals: Mapping[str, float], running: str) -> bool:
+    """Whether a strategy that waits for its trial could still be the quickest, as far as its prediction can be off."""
+    if action == running or arms[action].measured:
+        return False
+    hoped = belief(arms[action], residuals[action])
+    known_s = min(arm.seconds for arm in arms.values() if arm.measured)
+    return hoped.median_s * math.exp(-2 * hoped.deviation) < known_s
+
+
+def _other_of_the_same(considered: Consideration, standing: Standing, left: int, switch_s: float) -> Verdict | None:
+    """The same strategy over other nodes or cut otherwise: a node has come, or one is slower than it was.
+
+    What runs is slower than was predicted by some factor; a group of the same nodes and more would be, too.
+    """
+    running = standing.plan
+    placed = considered.placed.get(running.strategy)
+    if placed is None or placed.cost.basis is None or running.estimate.basis is None or not running.estimate.step_s > 0:
+        return None
+    if placed.cost.basis.combination == running.estimate.basis.combination:
+        return None
+    expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
+    step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
+    comparable = running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered
+    if standing.own <= set(placed.nodes) and comparable:
+        step_s *= max(1.0, standing.step_s / running.estimate.step_s)
+    clearly = step_s * (1 + BAND) < standing.step_s
+    if not clearly or not worth_switching(left * (standing.step_s - step_s), switch_s):
+        return None
+    names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
+    message = f"{_said(names, standing.own, placed.nodes)}: {_against(step_s, standing.step_s)}"
+    return Verdict(message, planner.plan_of(considered, running.strategy, message, 1.0, None))
+
+
+def _said(names: dict[NodeId, str], own: Collection[NodeId], planned: Collection[NodeId]) -> str:
+    """late joins the group, slow is left out of it"""
+    joining, leaving = (
+        ", ".join(names[node_id] for node_id in sorted(nodes))
+        for nodes in (set(planned) - set(own), set(own) - set(planned))
+    )
+    if not joining and not leaving:
+        return "another cut of the same nodes"
+    left = f"{leaving} is left out of it" if leaving else ""
+    return ", ".join(part for part in (f"{joining} joins the group" if joining else "", left) if part)
+
+
+def _against(step_s: float, before_s: float) -> str:
+    return f"{1000 * step_s:.3g} ms a step expected, {1000 * before_s:.3g} ms measured"

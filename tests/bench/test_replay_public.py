@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from bench.replay_public import SETTINGS, predicted, replay
+from bench.replay_traces import Fit, Row, applications, error, fitted
+
+
+def rows(found: Fit, placements: list[tuple[int, int]]) -> list[Row]:
+    blank = [Row(nodes, replicas, batch, 1.0) for nodes, replicas in placements for batch in (8, 32, 128)]
+    return [Row(row.nodes, row.replicas, row.local_batch, found.step_s(row)) for row in blank]
+
+
+def test_a_fit_on_few_replicas_finds_what_many_take() -> None:
+    hidden = Fit(0.02, 0.001, 0.005, 0.02, 0.03, 0.08, 2.0)
+    few = rows(hidden, [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (3, 3), (4, 4)])
+    many = rows(hidden, [(4, 8), (8, 8), (8, 16), (16, 64)])
+    found = fitted(few)
+    assert error(found, few) < 0.01
+    assert error(found, many) < 0.05
+
+
+def test_traces_are_read_from_a_folder(tmp_path: Path) -> None:
+    hidden = Fit(0.02, 0.001, 0.005, 0.02, 0.03, 0.08, 2.0)
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    with (folder / "placements.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("placement", "local_bsz", "step_time", "sync_time"))
+        for placement in ("1", "2", "4", "11", "12", "111", "1111", "44"):
+            for batch in (8, 64):
+                row = Row(len(placement), sum(map(int, placement)), batch, 1.0)
+                writer.writerow((placement, batch, hidden.step_s(row), 0))
+    with (folder / "scalability.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("num_nodes", "num_replicas", "local_bsz", "step_time", "sync_time"))
+        writer.writerow((16, 64, 8, hidden.step_s(Row(16, 64, 8, 1.0)), 0))
+    (found,) = applications(tmp_path)
+    assert (found.name, found.rows, found.fitted) == ("bert", 17, 14)
+    assert found.error < 0.1
+    with pytest.raises(FileNotFoundError, match="simulator/traces"):
+        applications(folder)
+
+
+def test_the_hybrid_won_at_fp16_rates_only() -> None:
+    """The winner hangs on how fast the GPUs are taken to be: with slower ones the pipeline's bubbles cost more."""
+    fast, slow = (predicted(setting) for setting in SETTINGS[:2])
+    assert min(fast, key=lambda configuration: fast[configuration]) == (4, 4)
+    assert min(slow, key=lambda configuration: slow[configuration]) == (16, 1)
+
+
+def test_a_setting_with_one_configuration_left_has_no_regret_to_show() -> None:
+    (setting,) = [each for each in SETTINGS if each.nodes == 32]
+    assert "no choice to judge" in replay(setting).figures[-1].name

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bench.sim_planner import after_jobs as learned_after
+from bench.sim_planner import day_one, figures_after_jobs, figures_of_day_one
+from bench.sim_play import Coordinator, Way, as_placed, every_plan, job_s, oracle_s, play
+from bench.sim_tables import Case, fixed, literal
+from bench.sim_truth import Truth
+from bench.sim_world import Job, World, fastest_flops, job, jobs, world
+from coordinator.planner import plan
+from protos.ids import PlanId
+from qtable.state import StateKey
+
+KEY = StateKey(0, 0, 0, 0)
+
+
+def some(number: int, most: int = 4) -> tuple[World, Job]:
+    found = world(f"test/{number}", most=most)
+    return found, job(random.Random(number), fastest_flops(found))
+
+
+def test_a_seed_is_a_world() -> None:
+    one, other = world("test/1"), world("test/1")
+    assert one.cluster == other.cluster
+    assert one.errors["n0", "matmul", "single_node"] == other.errors["n0", "matmul", "single_node"]
+    assert one.errors["n0", "matmul", "single_node"] != one.errors["n0", "matmul", "data_parallel"]
+    assert world("test/2").cluster != one.cluster
+
+
+def test_the_planner_sees_machines_about_as_they_are_but_not_exactly() -> None:
+    ratios = []
+    for number in range(20):
+        found, one = some(number)
+        plans, truth = every_plan(found, one), Truth(found, 0.0)
+        ratios += [placed.cost.seconds / job_s(truth, one, name, placed) for name, placed in plans.best.items()]
+    assert 0.6 < sorted(ratios)[len(ratios) // 2] < 1.4
+    assert max(abs(ratio - 1) for ratio in ratios) > 0.05
+
+
+def test_a_plan_takes_as_long_as_the_estimate_it_was_made_of() -> None:
+    found, one = some(3)
+    table = Coordinator().learner
+    made = plan(
+        one.spec, one.profile, one.data, found.cluster, table.table, random.Random(0), table.ledger, plan_id=PlanId("p")
+    )
+    placed, truth = every_plan(found, one).best[made.strategy], Truth(found, 0.25)
+    assert truth.step(one, made.strategy, as_placed(made)) == truth.step(one, made.strategy, placed)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_nothing_is_better_than_the_oracle_and_the_same_seed_gives_the_same_course(number: int) -> None:
+    found, one = some(number)
+    truth = Truth(found, 0.25)
+    best_s = oracle_s(truth, one, every_plan(found, one))
+    first, again = (play(truth, one, Way.RESIDUAL, Coordinator(), random.Random(1)) for _ in range(2))
+    assert (first.seconds, first.groups) == (again.seconds, again.groups)
+    assert first.seconds >= best_s * (1 - 1e-9)
+
+
+def test_a_coordinator_of_the_simulation_learns_as_the_real_one() -> None:
+    found = world("test/5", most=3)
+    known, truth = Coordinator(), Truth(found, 0.5)
+    for one in jobs(found, 6):
+        play(truth, one, Way.RESIDUAL, known, random.Random(0))
+    assert known.learner.table.n.sum() == 6
+    assert known.learner.speeds.learned().steps
+    assert known.learner.ledger.job_s > 0
+
+
+def test_jobs_come_again() -> None:
+    order = jobs(world("test/1"), 40)
+    assert 10 < len({id(one) for one in order}) < 35
+
+
+def test_the_literal_table_stays_behind_the_best_fixed_action() -> None:
+    rng = random.Random(0)
+    cases = []
+    for _ in range(300):
+        seconds = {"data_parallel": rng.uniform(20, 90), "single_node": rng.uniform(10, 30)}
+        cases.append(Case(KEY, seconds, min(seconds.values())))
+    assert sum(fixed(cases)) < sum(literal(cases, 1))
+    assert all(regret >= 0 for regret in fixed(cases))
+
+
+def test_the_figures_of_a_tiny_run_name_their_gates() -> None:
+    runs, decisions = day_one(0)
+    figures = figures_of_day_one(runs, decisions)
+    assert {str(figure.gate) for figure in figures if figure.gate} >= {"< 9", "< 2", "< 40", "= 0"}
+    worlds = learned_after(0, 3)
+    figures = figures_after_jobs(worlds, 3)
+    assert {str(figure.gate) for figure in figures if figure.gate} >= {"< 2.5", "< 1.5", "< 4", ">= 2.5"}
+    assert all(run.regrets[way.value] >= -1e-9 for each in worlds for run in each.runs for way in Way)

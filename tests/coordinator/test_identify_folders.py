@@ -1,0 +1,152 @@
+"""Directories: exact parameters from headers, indexes that must agree, links, and files that a store keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coordinator.identify.confine import identify_files, identify_folder
+from coordinator.identify.open_folder import open_folder
+from protos.errors import ErrorCode, NotFound, SpecError
+from protos.model import Family, ModelProfile
+
+CONFIG = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 8}
+TENSORS = {
+    "bert.encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8, dtype=torch.bfloat16),
+    "bert.embeddings.word_embeddings.weight": torch.zeros(10, 8),
+    "classifier.bias": torch.zeros(2),
+}
+NAMES = list(TENSORS)
+
+
+def identify(path: Path) -> ModelProfile:
+    return asyncio.run(identify_folder(path))
+
+
+def model(folder: Path, **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    return folder
+
+
+def sharded(folder: Path, weight_map: dict[str, str]) -> Path:
+    model(folder)
+    for file in set(weight_map.values()):
+        save_file({name: TENSORS[name] for name in NAMES if weight_map.get(name) == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_headers_give_exact_parameters_and_the_configuration_the_task(tmp_path: Path) -> None:
+    save_file(TENSORS, model(tmp_path) / "model.safetensors")
+    profile = identify(tmp_path)
+    assert (profile.framework, profile.format, profile.family) == ("pytorch", "hugging_face", Family.TRANSFORMER)
+    assert (profile.parameters, profile.task, profile.trainable) == (64 + 80 + 2, "classification", True)
+    assert profile.dtypes == ("BF16", "F32") and "task" not in profile.unknown
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    parts = {NAMES[0]: "a.safetensors", NAMES[1]: "b.safetensors", NAMES[2]: "b.safetensors"}
+    profile = identify(sharded(tmp_path, parts))
+    assert profile.parameters == 146 and len(profile.layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.update(extra="a.safetensors"), "do not hold the same tensors"),
+        (lambda found: found.pop(NAMES[1]), "do not hold the same tensors"),
+        (lambda found: found.update({NAMES[0]: "c.safetensors"}), "missing|same tensors"),
+        (lambda found: found.update({NAMES[0]: "../a.safetensors"}), "no .safetensors file beside it"),
+        (lambda found: found.update({NAMES[0]: "/a.safetensors"}), "no .safetensors file beside it"),
+        (lambda found: found.clear(), "no weight_map"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    parts = dict.fromkeys(NAMES, "a.safetensors")
+    sharded(tmp_path, parts)
+    change(parts)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    with pytest.raises(SpecError, match=message) as caught:
+        identify(tmp_path)
+    assert caught.value.code is ErrorCode.MODEL_UNUSABLE
+
+
+def test_without_weights_a_node_is_needed_and_pickled_ones_are_none(tmp_path: Path) -> None:
+    profile = identify(model(tmp_path))
+    assert profile.trainable and "parameters" in profile.unknown and profile.notes == ("no weights",)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    assert "pickled" in identify(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"auto_map": {"AutoModel": "modeling_x.X"}}, "its own code"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"text_config": {"auto_map": {"AutoModel": "x.X"}}}, "its own code"),
+    ],
+)
+def test_what_hive_does_not_train_is_identified_with_the_reason(tmp_path: Path, config: Any, message: str) -> None:
+    save_file(TENSORS, model(tmp_path, **config) / "model.safetensors")
+    (tmp_path / "modeling_x.py").write_text("raise SystemExit")
+    profile = identify(tmp_path)
+    assert not profile.trainable and message in profile.why_not and profile.parameters == 146
+    assert "1 Python files" in profile.notes[-1]
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_sizes"])
+def test_sizes_out_of_bounds_are_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(SpecError, match="over the limit"):
+        identify(model(tmp_path, **{field: [10**12] if field.endswith("s") and "layers" not in field else 10**12}))
+
+
+def test_files_of_a_store_are_the_same_directory(tmp_path: Path) -> None:
+    save_file(TENSORS, model(tmp_path) / "model.safetensors")
+    files = {}
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        files[name] = (tmp_path / name).rename(tmp_path / f"blob{number}")
+    assert asyncio.run(identify_files("model.source", files)).parameters == 146
+
+
+def test_links_are_followed_only_as_the_hugging_face_cache_makes_them(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / ("a" * 40)).write_text(json.dumps(CONFIG))
+    (snapshot / "config.json").symlink_to("../../blobs/" + "a" * 40)
+    assert identify(snapshot).trainable
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(blobs / ("a" * 40))
+    with pytest.raises(SpecError, match="is a link"):
+        identify(snapshot)
+    (snapshot / "config.json").unlink()
+    (blobs / ("b" * 40)).symlink_to("/etc/passwd")
+    (snapshot / "config.json").symlink_to("../../blobs/" + "b" * 40)
+    with pytest.raises(SpecError, match="cannot be opened"):
+        identify(snapshot)
+
+
+def test_nothing_stays_open(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    model(tmp_path)
+    with open_folder(tmp_path) as opened:
+        assert list(opened.descriptors) == ["config.json"]
+    with pytest.raises(SpecError), open_folder(tmp_path):
+        raise SpecError("the reader failed")
+    with pytest.raises(NotFound), open_folder(tmp_path / "missing"):
+        pass
+    after = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    assert after == before
+
+
+def test_a_directory_of_no_known_kind_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("x")
+    profile = identify(tmp_path)
+    assert profile.format == "unknown" and "notes.md" in profile.notes[0]

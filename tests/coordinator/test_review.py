@@ -1,0 +1,173 @@
+"""Whether a running job changes its plan: the real planner over nodes whose speeds turn out otherwise."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_planner import DATA, job, model, node
+
+from coordinator.planner import plan
+from coordinator.review import MOST_CHANGES, Standing, Verdict, review
+from protos.ids import Fence
+from protos.jobspec import JobSpec
+from protos.model import ModelProfile
+from protos.plan import ClusterView, Learned, NodeView, Plan
+from qtable.policy import Ledger
+from qtable.prior import load_prior
+from qtable.table import QTable
+
+CLOSE = model(42_000_000, 1e8)  # gradients take about as long as a second node saves
+CLEAR = model(10_000, 1e8)  # two nodes are nearly twice as fast as one
+PAIR = (node("a"), node("b"))
+PLAIN = {"sync": {"compression": "none"}}
+
+
+def started(*nodes: NodeView, profile: ModelProfile, table: QTable | None = None, **parts: Any) -> tuple[JobSpec, Plan]:
+    spec = job(**parts)
+    known = table or load_prior().table()
+    return spec, plan(spec, profile, DATA, ClusterView(nodes), known, random.Random(0), Ledger())
+
+
+def reviewed(
+    spec: JobSpec,
+    made: Plan,
+    *nodes: NodeView,
+    profile: ModelProfile,
+    slower: float,
+    step: int = 60,
+    fence: int = 1,
+    learned: Learned | None = None,
+    **more: Any,
+) -> Verdict:
+    """`slower`: the measured step over the one that was predicted."""
+    standing = Standing(made, Fence(fence), step, more.pop("steps_here", step), slower * made.estimate.step_s, **more)
+    return review(standing, spec, profile, DATA, ClusterView(nodes, learned=learned or Learned()), load_prior().table())
+
+
+def taught(made: Plan, slower: float) -> Learned:
+    """By a trial."""
+    basis = made.estimate.basis
+    assert basis is not None
+    return Learned(steps={basis.combination: slower * made.estimate.step_s})
+
+
+def test_a_strategy_that_runs_as_predicted_stays() -> None:
+    spec, made = started(*PAIR, profile=CLEAR)
+    assert (made.strategy, made.trials) == ("data_parallel", ())
+    verdict = reviewed(spec, made, *PAIR, profile=CLEAR, slower=1.05)
+    assert (verdict.plan, verdict.over, verdict.message) == (None, False, "data_parallel stays")
+
+
+def test_a_strategy_that_is_far_slower_than_predicted_gives_way() -> None:
+    spec, made = started(*PAIR, profile=CLEAR)
+    verdict = reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0)
+    assert verdict.plan is not None and verdict.plan.strategy == "single_node"
+    assert "single_node" in verdict.message
+    assert {subtask.node_id for subtask in verdict.plan.subtasks} <= {"a", "b"}
+
+
+def test_a_node_that_is_slower_alone_would_be_so_in_a_group() -> None:
+    spec, made = started(*PAIR, profile=model(50_000_000, 1e7), **PLAIN)
+    assert made.strategy == "single_node"
+    verdict = reviewed(spec, made, PAIR[0], profile=model(50_000_000, 1e7), slower=4.0)
+    assert verdict.plan is None, verdict.message
+    other = reviewed(spec, made, *PAIR, profile=model(50_000_000, 1e7), slower=4.0)
+    assert other.plan is not None and other.plan.strategy == "single_node", "the other node is as quick as it was"
+
+
+def test_little_before_the_end_nothing_changes() -> None:
+    spec, made = started(*PAIR, profile=CLEAR)
+    assert made.steps is not None
+    verdict = reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0, step=made.steps - 1)
+    assert verdict.plan is None
+
+
+def test_a_strategy_that_the_job_names_stays_however_slow() -> None:
+    spec, made = started(*PAIR, profile=CLEAR, strategy="data_parallel")
+    assert reviewed(spec, made, *PAIR, profile=CLEAR, slower=20.0).plan is None
+
+
+@pytest.mark.parametrize("asked", ["auto", "data_parallel"])
+def test_a_node_that_came_joins_where_that_pays(asked: str) -> None:
+    spec, made = started(*PAIR, profile=CLEAR, strategy=asked)
+    three = (*PAIR, node("c"))
+    verdict = reviewed(spec, made, *three, profile=CLEAR, slower=1.0)
+    assert verdict.plan is not None and verdict.plan.strategy == "data_parallel"
+    assert {subtask.node_id for subtask in verdict.plan.subtasks} == {"a", "b", "c"}
+    assert verdict.message.startswith("c joins the group: ")
+    assert reviewed(spec, made, *three, profile=CLEAR, slower=1.0, step=int((made.steps or 0) * 0.999)).plan is None
+
+
+def test_a_job_on_one_node_takes_in_another_one() -> None:
+    spec, made = started(PAIR[0], profile=CLEAR)
+    assert made.strategy == "single_node"
+    verdict = reviewed(spec, made, *PAIR, profile=CLEAR, slower=1.0)
+    assert verdict.plan is not None and verdict.plan.strategy == "data_parallel"
+
+
+def test_a_job_that_shrank_goes_back_to_the_strategy_its_file_names() -> None:
+    spec = job(strategy="data_parallel")
+    alone = replace(started(PAIR[0], profile=CLEAR)[1], trials=())
+    verdict = reviewed(spec, alone, *PAIR, profile=CLEAR, slower=0.1, fence=2)
+    assert verdict.plan is not None and verdict.plan.strategy == "data_parallel"
+
+
+def test_a_job_that_names_one_node_moves_only_to_a_quicker_one() -> None:
+    spec, made = started(PAIR[0], profile=CLEAR, strategy="single_node")
+    assert reviewed(spec, made, *PAIR, profile=CLEAR, slower=1.01).plan is None
+    quick = reviewed(spec, made, PAIR[0], node("gaming-pc", 100.0), profile=CLEAR, slower=1.0)
+    assert quick.plan is not None and quick.message.startswith("gaming-pc joins the group, a is left out of it")
+
+
+def long_job(profile: ModelProfile = CLOSE) -> tuple[JobSpec, Plan]:
+    """So long that a few steps of each are worth it."""
+    return started(*PAIR, profile=profile, train={"batch_size": 64, "steps": 200_000}, **PLAIN)
+
+
+def test_close_strategies_of_a_long_job_are_tried_one_after_the_other_and_the_quickest_stays() -> None:
+    spec, made = long_job()
+    first, second = made.trials
+    assert made.strategy == first and 20 <= made.trial_steps <= 50
+    verdict = reviewed(spec, made, *PAIR, profile=CLOSE, slower=1.3)
+    tried = verdict.plan
+    assert tried is not None and (tried.strategy, tried.trials) == (second, (second,))
+    known = taught(made, 1.3)
+    good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.5, step=120, fence=2, learned=known)
+    assert (good.plan, good.over) == (None, True), "the quickest is the one that runs"
+    back = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=3.0, step=120, fence=2, learned=known)
+    assert back.plan is not None and (back.plan.strategy, back.plan.trials) == (first, ())
+
+
+def test_a_trial_that_can_no_longer_win_is_left_out() -> None:
+    spec, made = long_job()
+    verdict = reviewed(spec, made, *PAIR, profile=CLOSE, slower=0.2)
+    assert (verdict.plan, verdict.over) == (None, True)
+
+
+def test_a_job_does_not_change_for_ever() -> None:
+    spec, made = long_job()
+    assert reviewed(spec, made, *PAIR, profile=CLOSE, slower=1.3, changes=MOST_CHANGES).plan is None
+
+
+def test_a_trial_runs_its_steps_unless_it_is_hopeless_and_none_begins_just_before_the_end() -> None:
+    spec, made = long_job()
+    early = reviewed(spec, made, *PAIR, profile=CLOSE, slower=1.3, step=20)
+    assert (early.plan, early.over) == (None, False)
+    hopeless = reviewed(spec, made, *PAIR, profile=CLOSE, slower=20.0, step=20)
+    assert hopeless.plan is not None and hopeless.plan.strategy != made.strategy
+    assert made.steps is not None
+    assert reviewed(spec, made, *PAIR, profile=CLOSE, slower=1.1, step=made.steps - 60).plan is None
+
+
+def test_a_strategy_that_could_not_begin_is_not_proposed_again() -> None:
+    spec, made = started(*PAIR, profile=CLEAR)
+    assert reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0, unfit=frozenset({"single_node"})).plan is None
+
+
+def test_short_jobs_and_clear_cases_have_no_trials() -> None:
+    assert started(*PAIR, profile=CLOSE, **PLAIN)[1].trials == ()
+    far = model(50_000_000, 1e7)
+    assert started(*PAIR, profile=far, train={"batch_size": 64, "steps": 20_000}, **PLAIN)[1].trials == ()
