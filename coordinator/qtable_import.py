@@ -6,15 +6,10 @@ who wrote it: numbers that rewards cannot give are refused, and only an administ
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import os
-import signal
-import sys
-from pathlib import Path
 from typing import Any
 
+from coordinator.confined import answer_of
 from coordinator.qtable_pickle import MAX_BYTES as MAX_PICKLE_BYTES
 from coordinator.qtable_pickle import refused
 from protos import limits
@@ -26,7 +21,6 @@ from qtable.table import QTable
 MAX_DOCUMENT_BYTES = limits.MAX_MESSAGE_BYTES - 64 * 1024
 DEADLINE_S = 30.0
 _MAX_ANSWER_BYTES = 256 * 1024
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from coordinator.qtable_child import main; main()"
 
 
 def is_document(content: bytes) -> bool:
@@ -52,35 +46,17 @@ async def read_pickle(content: bytes, *, deadline_s: float = DEADLINE_S) -> Rank
         raise refused("the file is empty")
     if len(content) > MAX_PICKLE_BYTES:
         raise refused(f"{len(content)} bytes, a q_table.pkl has at most {MAX_PICKLE_BYTES}")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-c", _START, str(Path(__file__).parents[1]),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True, close_fds=True, env={"LANG": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"}, cwd="/",
-    )  # fmt: skip
     try:
-        async with asyncio.timeout(deadline_s):
-            answer = await _asked(process, content)
+        answer = await answer_of(
+            "coordinator.qtable_child",
+            stdin=content,
+            most_bytes=_MAX_ANSWER_BYTES,
+            deadline_s=deadline_s,
+            variables={"OPENBLAS_NUM_THREADS": "1"},
+        )
     except TimeoutError:
         raise refused(f"it could not be read within {deadline_s:g} s") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
-        await process.wait()
     return _understood(answer)
-
-
-async def _asked(process: asyncio.subprocess.Process, content: bytes) -> bytes:
-    assert process.stdin is not None and process.stdout is not None
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        process.stdin.write(content)
-        await process.stdin.drain()
-    process.stdin.close()
-    answer = bytearray()
-    while block := await process.stdout.read(65536):
-        answer += block
-        if len(answer) > _MAX_ANSWER_BYTES:
-            return b""
-    return bytes(answer)
 
 
 def _understood(answer: bytes) -> Ranks:

@@ -7,16 +7,14 @@ environment and a deadline; whatever happens to it, the caller sees a ModelProfi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
-import signal
 import stat
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.confined import answer_of
 from coordinator.identify.open_folder import OpenFolder, open_folder, open_named
 from coordinator.identify.parse import WEIGHT_FORMATS
 from coordinator.identify.tensors import unusable
@@ -26,8 +24,6 @@ from protos.model import ModelProfile
 
 DEADLINE_S = 30.0
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-# -I ignores the caller's path and variables; the one folder it needs is handed over, installed or not
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from coordinator.identify.child import main; main()"
 _TOO_MUCH = "the file asks for more memory or time than a model file may; write it again, e.g. as safetensors"
 
 
@@ -81,14 +77,13 @@ class _Handed:
     """What the child gets. `what`: file, which is its stdin; folder: a listing on stdin and `descriptors`; bounds."""
 
     what: str
-    stdin: int
-    listing: bytes = b""
+    stdin: int | bytes
     descriptors: tuple[int, ...] = ()
 
 
 def _handed(opened: OpenFolder) -> _Handed:
     listing = json.dumps({"descriptors": opened.descriptors, "sizes": opened.sizes}).encode()
-    return _Handed("folder", asyncio.subprocess.PIPE, listing, tuple(opened.descriptors.values()))
+    return _Handed("folder", listing, tuple(opened.descriptors.values()))
 
 
 async def _identified(name: str, handed: _Handed, deadline_s: float) -> ModelProfile:
@@ -101,24 +96,14 @@ async def _identified(name: str, handed: _Handed, deadline_s: float) -> ModelPro
 
 async def _run(handed: _Handed, deadline_s: float) -> bytes:
     """What the child answers; nothing when it died. Raises TimeoutError."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-I", "-c", _START, str(Path(__file__).parents[2]), handed.what,
-        stdin=handed.stdin, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        pass_fds=handed.descriptors, start_new_session=True, close_fds=True, env={"LANG": "C.UTF-8"},
-        limit=MAX_ANSWER_BYTES, cwd="/",
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(deadline_s):
-            if process.stdin is not None:
-                with contextlib.suppress(ConnectionError):  # it died: its answer is none
-                    process.stdin.write(handed.listing)
-                    await process.stdin.drain()
-                process.stdin.close()
-            return await _answer(process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
-        await process.wait()
+    return await answer_of(
+        "coordinator.identify.child",
+        handed.what,
+        stdin=handed.stdin,
+        most_bytes=MAX_ANSWER_BYTES,
+        deadline_s=deadline_s,
+        descriptors=handed.descriptors,
+    )
 
 
 def open_regular(path: Path) -> int:
@@ -146,16 +131,6 @@ def _directory_hint(path: Path) -> str:
     if "config.json" in names:
         return "it is a Hugging Face directory: give it as model.source of a job"
     return "name the file in it: a .safetensors file, a PyTorch state dict, or FILE.py:FUNCTION"
-
-
-async def _answer(process: asyncio.subprocess.Process) -> bytes:
-    assert process.stdout is not None
-    answer = bytearray()
-    while block := await process.stdout.read(65536):
-        answer += block
-        if len(answer) > MAX_ANSWER_BYTES:
-            return b""
-    return bytes(answer)
 
 
 def decode_answer(name: str, answer: bytes) -> ModelProfile:

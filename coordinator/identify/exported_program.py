@@ -8,7 +8,7 @@ expressions count by the example they were exported with. A node identifies a pr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,16 +135,11 @@ def _weights(graph: ExportedGraph, stored: Mapping[str, _Weight]) -> list[Tensor
 def _description(graph: ExportedGraph, weights: list[TensorInfo], size: int) -> Description:
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     layers: dict[str, Layer] = {}
-    counted: set[object] = set()
+    counted: set[Hashable] = set()
     for tensor in weights:
         prefix, _, leaf = tensor.name.rpartition(".")
         groups.setdefault(prefix, {})[leaf] = tensor.shape
-        layer = layers.setdefault(prefix, Layer(prefix or "model", ""))
-        if tensor.identity in counted:
-            layer.borrowed += tensor.elements
-        else:
-            counted.add(tensor.identity)
-            layer.parameters += tensor.elements
+        layers.setdefault(prefix, Layer(prefix or "model", "")).count(tensor, counted)
     for prefix, layer in layers.items():
         said = graph.classes.get(prefix, "").rpartition(".")
         is_torch = said[0].startswith("torch.nn.modules")

@@ -6,10 +6,10 @@ requirements are exact arithmetic ("layers") only when every layer that computes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from coordinator.identify.tensors import MAX_LAYERS_LISTED, MAX_NAME_CHARACTERS
+from coordinator.identify.tensors import MAX_LAYERS_LISTED, MAX_NAME_CHARACTERS, TensorInfo
 from protos.model import (
     Family,
     LayerProfile,
@@ -36,6 +36,14 @@ class Layer:
     output_bytes: float = 0.0
     output_shape: tuple[int, ...] = ()
     borrowed: int = 0  # parameters counted at an earlier layer
+
+    def count(self, tensor: TensorInfo, counted: set[Hashable]) -> None:
+        """One of its parameters; `counted` are the identities of those that an earlier layer has already."""
+        if tensor.identity in counted:
+            self.borrowed += tensor.elements
+        else:
+            counted.add(tensor.identity)
+            self.parameters += tensor.elements
 
     def profile(self) -> LayerProfile:
         return LayerProfile(

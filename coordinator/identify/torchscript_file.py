@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from coordinator.identify import pickle_walk
@@ -162,7 +162,7 @@ def _description(
     layers: dict[str, Layer] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     classes: dict[str, str] = {}
-    counted: set[object] = set()
+    counted: set[Hashable] = set()
     dtypes: set[str] = set()
     for tensor, learned, holder in found.tensors:
         path, _, leaf = tensor.name.rpartition(".")
@@ -170,12 +170,7 @@ def _description(
         classes[path] = _MANGLED.sub("", holder)
         dtypes.add(tensor.dtype)
         if learned:
-            layer = layers.setdefault(path, Layer(path or "model", ""))
-            if tensor.identity in counted:
-                layer.borrowed += tensor.elements
-            else:
-                counted.add(tensor.identity)
-                layer.parameters += tensor.elements
+            layers.setdefault(path, Layer(path or "model", "")).count(tensor, counted)
     for path, layer in layers.items():
         layer.kind = _kind(path, classes[path], shapes[path])
     listed = list(layers.values())

@@ -6,7 +6,6 @@ import io
 import json
 import warnings
 import zipfile
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from wire import outcome
+from wire import changed, outcome
 
 from coordinator.identify import archive_readers
 from protos.errors import SpecError
@@ -141,16 +140,6 @@ def test_other_layers(module: nn.Module, sample: Tensor, family: Family) -> None
     assert (profile.family, profile.parameters) == (family, sum(each.numel() for each in module.parameters()))
     assert profile.flops_per_sample > 0 and profile.requirements.source == "layers"
     assert profile.dtypes == ({"float16": "F16", "bfloat16": "BF16"}.get(str(sample.dtype)[6:], "F32"),)
-
-
-def changed(content: bytes, change: Callable[[str, bytes], bytes | None]) -> bytes:
-    target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
-        for name in source.namelist():
-            made = change(name, source.read(name))
-            if made is not None:
-                archive.writestr(name, made)
-    return target.getvalue()
 
 
 def program(content: bytes = IMAGES) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from public_models import public_file
 from torch import Tensor, nn
-from wire import outcome
+from wire import changed, outcome
 
 from coordinator.identify import archive_readers
 from coordinator.identify.confine import identify_file
@@ -110,17 +109,6 @@ def test_a_frozen_module_keeps_its_weights_among_constants() -> None:
     profile = identify(saved(lambda: torch.jit.freeze(torch.jit.script(module))))
     assert profile.parameters == count(module)
     assert "parameters" in profile.unknown and any("frozen" in note for note in profile.notes)
-
-
-def changed(content: bytes, change: Callable[[str, bytes], bytes | None]) -> bytes:
-    """The archive with its members as `change` gives them back; None leaves one out."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
-        for name in source.namelist():
-            made = change(name, source.read(name))
-            if made is not None:
-                archive.writestr(name, made)
-    return target.getvalue()
 
 
 def test_a_class_without_lists_is_counted_by_names_and_that_is_said() -> None:

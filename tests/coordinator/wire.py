@@ -1,9 +1,10 @@
-"""A small writer of protocol buffers, and what is asked of every reader of strangers' bytes."""
+"""A small writer of protocol buffers, changed archives, and what is asked of every reader of strangers' bytes."""
 
 from __future__ import annotations
 
 import io
 import struct
+import zipfile
 from collections.abc import Callable, Iterable
 from typing import BinaryIO
 
@@ -55,3 +56,14 @@ def cut_everywhere(read: Reader, content: bytes, step: int = 1) -> list[ModelPro
     """The file cut short at every `step`th byte; the profiles that it still gave."""
     found = (outcome(read, content[:length]) for length in range(1, len(content), step))
     return [each for each in found if isinstance(each, ModelProfile)]
+
+
+def changed(content: bytes, change: Callable[[str, bytes], bytes | None]) -> bytes:
+    """An archive with its members as `change` gives them back; None leaves one out."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            made = change(name, source.read(name))
+            if made is not None:
+                archive.writestr(name, made)
+    return target.getvalue()
