@@ -67,7 +67,7 @@ class Doctor:
             ),
             self._peer_links(),
             _check("zeroconf", not problem, problem or announced, "use --coordinator HOST:PORT on the nodes"),
-            _check("learning", True, self.learner.notes),
+            _check("learning", True, f"when it started: {self.learner.notes}"),
         ]
 
     def _peer_links(self) -> dict[str, Any]:

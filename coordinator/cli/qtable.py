@@ -153,7 +153,8 @@ def _read(file: Path) -> bytes:
     most = limits.MAX_MESSAGE_BYTES - 64 * 1024
     try:
         if not file.is_file():
-            raise NotFound(f"there is no file {file}", "name what hive qtable export printed, or a q_table.pkl")
+            what = f"{file} is not a regular file" if file.exists() else f"there is no file {file}"
+            raise NotFound(what, "name what hive qtable export printed, or a q_table.pkl")
         with file.open("rb") as opened:
             content = opened.read(most + 1)
     except OSError as error:

@@ -72,6 +72,8 @@ def _python(source: str, size: int) -> ModelProfile | None:
         return None
     except (RecursionError, MemoryError):  # what ast says of source that is nested too deeply
         raise unusable("the text is nested too deeply to be Python source") from None
+    if all(isinstance(node, ast.Expr) for node in tree.body):
+        return None  # a word, a number or a tuple of them is an expression, too
     functions = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     profile = foreign("pytorch", PYTHON_SOURCE, size, "")
     if not functions:

@@ -181,6 +181,14 @@ def test_python_source_is_left_to_a_node(tmp_path: Path) -> None:
     assert not identify(tmp_path / "empty.py").trainable
 
 
+@pytest.mark.parametrize("content", ["garbage\n", "1, 2, 3\n", '"a sentence in quotes"\n', "# a comment\n"])
+def test_text_that_only_happens_to_be_an_expression_is_no_source(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text(content)
+    profile = identify(path)
+    assert (profile.format, profile.trainable) == ("unknown", False)
+
+
 def test_what_is_not_a_regular_file_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
