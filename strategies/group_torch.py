@@ -244,7 +244,7 @@ class Group:
             self.set_deadline(before)
 
     def sent_by_kernel(self) -> int:
-        """Bytes handed to TCP over all connections of the group and its subgroups, retransmissions included."""
+        """Bytes sent over all connections of the group and its subgroups, what TCP had to repeat counted once."""
         return sum(connection.bytes_sent() for connection in self._connections or ())
 
     def close(self) -> None:

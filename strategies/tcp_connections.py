@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAX_PACING_RATE = 47  # SO_MAX_PACING_RATE, which the socket module does not name
-_BYTES_SENT_AT = 200  # tcpi_bytes_sent of struct tcp_info, Linux 4.19 and later
+_BYTES_SENT_AT = 200  # tcpi_bytes_sent of struct tcp_info, tcpi_bytes_retrans after it: Linux 4.19 and later
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,12 @@ class Connection:
     inode: int
 
     def bytes_sent(self) -> int:
-        """Handed to TCP, retransmissions included; 0 when it is gone or the kernel does not say."""
+        """Sent over it, what TCP had to repeat counted once; 0 when it is gone or the kernel does not say."""
         info = b""
         with suppress(OSError), self._duplicate() as duplicate:
-            info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT_AT + 8)
-        return int.from_bytes(info[_BYTES_SENT_AT:], sys.byteorder)
+            info = duplicate.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_SENT_AT + 16)
+        sent, repeated = info[_BYTES_SENT_AT : _BYTES_SENT_AT + 8], info[_BYTES_SENT_AT + 8 :]
+        return int.from_bytes(sent, sys.byteorder) - int.from_bytes(repeated, sys.byteorder)
 
     def pace(self, bytes_per_s: float) -> None:
         """The kernel sends no faster on it."""

@@ -5,6 +5,7 @@ Waits are on events (log lines, CLI answers) with deadlines. `close` ends every 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from coordinator import connect
 
 CALIBRATION = Path("node") / "calibration"
 DEADLINE_S = 60.0
@@ -226,7 +229,13 @@ class Cluster:
         return str(self.ask("submit", str(job), *flags)["job"]["id"])
 
     def show(self, job_id: str) -> dict[str, Any]:
-        job: dict[str, Any] = self.ask("show", job_id)["job"]
+        """Over a connection of this process: a program that starts for each question would answer too late."""
+
+        async def asked() -> dict[str, Any]:
+            async with await connect.connect(connect.load(environment=self.environment(self.home))) as client:
+                return await client.show(job_id)
+
+        job: dict[str, Any] = asyncio.run(asked())["job"]
         return job
 
     def wait_step(self, job_id: str, step: int, deadline_s: float = DEADLINE_S) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def check(made: Cluster, job_id: str, job: str, sets: Sequence[str]) -> Ended:
     return Ended(ended, json.loads(made.artifact(job_id, "report.json").read_text()))
 
 
-LONG = ("train.steps=300",)
+LONG = ("train.steps=300", "train.batch_size=512")  # steps that last: what kills comes half a second late
 
 
 @pytest.mark.parametrize(
