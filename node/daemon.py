@@ -253,7 +253,7 @@ class Daemon:
         return pb.Heartbeat(load=os.getloadavg()[0], activity=activity.value, activity_reason=reason)
 
     def _changed(self) -> None:
-        self._session.send(pb.NodeMessage(heartbeat=self._beat()))
+        self._session.send_heartbeat()
 
     def _connected(self) -> None:
         self._identity.connected()

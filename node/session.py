@@ -65,6 +65,7 @@ class Session:
     problem: str = "not connected yet"
     _line: _Line | None = None
     _heard_s: float = 0.0
+    _beats: int = 0
     _finishing: bool = False
     _welcome: pb.Welcome = field(default_factory=pb.Welcome)
 
@@ -85,6 +86,13 @@ class Session:
         line.queue.append(message)
         line.changed.set()
         return True
+
+    def send_heartbeat(self) -> None:
+        """Now, and not only when the next one is due: what it says has changed. Its echo measures the way."""
+        beat = self.beat()
+        self._beats += 1
+        beat.number, beat.sent_s = self._beats, time.monotonic()
+        self.send(pb.NodeMessage(heartbeat=beat))
 
     def send_durable(self, message: pb.Durable) -> None:
         """Into the spool, and on its way when connected; otherwise with the next connection. Raises SpecError for one
@@ -215,13 +223,9 @@ class Session:
 
     async def _keep_alive(self) -> None:
         """Heartbeats; a coordinator that says nothing for twice the lease's life is taken for gone."""
-        number = 0
         patience_s = 2 * (self._welcome.lease_ttl_s or limits.LEASE_TTL_S)
         while True:
-            number += 1
-            beat = self.beat()
-            beat.number, beat.sent_s = number, time.monotonic()
-            self.send(pb.NodeMessage(heartbeat=beat))
+            self.send_heartbeat()
             await asyncio.sleep(self._welcome.heartbeat_s or limits.HEARTBEAT_S)
             if time.monotonic() - self._heard_s > patience_s:
                 raise Unreachable(f"the coordinator has said nothing for {patience_s:.0f} s", "it may be frozen")

@@ -229,6 +229,19 @@ def test_a_refused_message_ends_the_stream_and_comes_again(tmp_path: Path) -> No
     run(tmp_path, body)
 
 
+def test_a_heartbeat_out_of_turn_is_stamped_like_the_others(tmp_path: Path) -> None:
+    """What comes back of one is the way to the coordinator: without a stamp it would seem to be hours long."""
+
+    async def body(made: House, node: Node) -> None:
+        stream = await made.far.next()
+        node.session.send_heartbeat()
+        heard = [await stream.hear("heartbeat") for _ in range(4)]
+        assert [beat.number - heard[0].number for beat in heard] == [0, 1, 2, 3]
+        assert 0 < heard[0].sent_s <= heard[1].sent_s <= heard[2].sent_s <= heard[3].sent_s
+
+    run(tmp_path, body)
+
+
 def test_a_long_backlog_does_not_hold_up_heartbeats(tmp_path: Path) -> None:
     async def body(made: House, node: Node) -> None:
         for number in range(2000):
