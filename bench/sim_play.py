@@ -88,7 +88,7 @@ def play(truth: Truth, job: Job, way: Way, known: Coordinator, rng: random.Rando
     plan = _chosen(known, world, job, way, rng)
     decision_s = time.process_time() - started
     known.apply(DECISION, decision_payload(plan, job.spec, job.profile, job.data))
-    first, fence, done, total_s = plan, 1, 0, truth.startup_s(job, _nodes(plan))
+    first, fence, done, total_s = plan, 1, 0, truth.startup_s(job, plan.strategy, _nodes(plan))
     groups: list[Group] = []
     while True:
         step, luck = truth.step(job, plan.strategy, as_placed(plan)), noise(rng)
@@ -215,4 +215,4 @@ def predicted_best_s(truth: Truth, job: Job, plans: Plans) -> float:
 
 def job_s(truth: Truth, job: Job, strategy: str, placed: PlacedEstimate) -> float:
     steps = job.spec.train.steps or 1
-    return truth.startup_s(job, placed.nodes) + steps * truth.step(job, strategy, placed).seconds
+    return truth.startup_s(job, strategy, placed.nodes) + steps * truth.step(job, strategy, placed).seconds

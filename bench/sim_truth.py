@@ -213,10 +213,11 @@ class Truth:
         _, rate = self._worst(nodes) if len(set(nodes)) > 1 else (0.0, math.inf)
         return REGROUP_S + (bytes_per_parameter(job.spec.train.optimizer) - 4) * job.profile.parameters / rate
 
-    def startup_s(self, job: Job, nodes: Sequence[NodeId]) -> float:
-        """Until the first step: worker, group, and the data over each node's own way into the network."""
+    def startup_s(self, job: Job, strategy: str, nodes: Sequence[NodeId]) -> float:
+        """Until the first step: worker, group, a trace of what is cut, the data over each node's own way."""
         rate = min(self._machine(node).wire_bytes_per_s for node in nodes)
-        return 0.7 + 0.2 * (len(nodes) > 1) + job.data.bytes / rate
+        traced_s = 0.5 + 0.02 * len(job.profile.layers) if strategy == "pipeline_parallel" else 0.0
+        return 0.2 + 0.2 * (len(nodes) > 1) + traced_s + job.data.bytes / rate
 
 
 def noise(rng: random.Random) -> float:

@@ -16,15 +16,17 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 5
+COST_MODEL_VERSION = 6
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time
 OVERLAP = 1.5  # g of `mix`, before it is learned
 TINY_FLOPS_PER_SAMPLE = 2e4  # below, kernels never reach their sustained rate: the "tiny" family was measured there
-STARTUP_S = 0.5  # warm worker: fork, build the model, open the data
-GROUP_S = 0.2  # rendezvous and process group of two
-GROUP_PER_RANK_S = 0.05
+STARTUP_S = 0.03  # of a whole core: a fork of the warm worker, the data opened, the model looked at
+BUILD_S_PER_PARAMETER = 8e-9  # of a whole core: initial values are drawn
+TRACE_S, TRACE_LAYER_S = 0.3, 0.022  # of a whole core: torch.export of a model that is to be cut
+GROUP_S = 0.08  # rendezvous and process group of two
+GROUP_PER_RANK_S = 0.03
 CODEC_BYTES_PER_S = 2e9  # fp32 to fp16 or back, one thread
 FP16_PENALTY = 0.01  # of the compute time, for what rounding the gradients may cost in convergence
 EVALUATION_FACTOR = 1.0  # forward only
@@ -270,6 +272,11 @@ def evaluation_s(
     return times * slowest_s * EVALUATION_FACTOR / TRAINING_FACTOR
 
 
-def startup_s(ranks: int) -> float:
-    """From the offer to the first step, data apart: worker, and the process group when there is one."""
-    return STARTUP_S + (GROUP_S + GROUP_PER_RANK_S * (ranks - 2) if ranks > 1 else 0.0)
+def startup_s(profile: ModelProfile, nodes: Sequence[Capacity], *, traced: bool = False) -> float:
+    """From the offer to the first step, data apart, one rank on each of `nodes`: workers, the model, the process group
+    when there is one. `traced`: every rank finds out where the model can be cut."""
+    own_s = STARTUP_S + BUILD_S_PER_PARAMETER * profile.parameters
+    if traced:
+        own_s += TRACE_S + TRACE_LAYER_S * len(profile.layers)
+    group_s = GROUP_S + GROUP_PER_RANK_S * (len(nodes) - 2) if len(nodes) > 1 else 0.0
+    return max(stretched_s(own_s, capacity) for capacity in nodes) + group_s

@@ -163,7 +163,7 @@ def _on(
         for member, count, micro in shares
     )
     exposed_s, step_s = overlapped_s - compute_s, overlapped_s + optimizer_s
-    startup_s = cost.startup_s(len(members))
+    startup_s = cost.startup_s(profile, [member.node.capacity for member in members])
     transfer_s = max(download_s(data.bytes, member.node) for member in members)
     evaluation_s = cost.evaluation_s(
         profile, train, data, [(member.speed, count / train.batch_size) for member, count, _ in shares]

@@ -90,7 +90,7 @@ def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> Pla
     )
     step_s = longest.seconds + sync_s + tied_s + optimizer_s
     ranks = [unit for chain in chains for unit in chain]
-    startup_s = cost.startup_s(len(ranks))
+    startup_s = cost.startup_s(profile, [unit.node.capacity for unit in ranks], traced=True)
     wait_s = max(download_s(data.bytes, unit.node) for unit in ranks)
     batches = (data.test_rows or 0) / train.batch_size
     evaluation_s = (

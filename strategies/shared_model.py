@@ -54,7 +54,7 @@ def placed(
     memory: Counter[NodeId],
 ) -> PlacedEstimate:
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
-    startup_s = cost.startup_s(ranks.count)
+    startup_s = cost.startup_s(profile, [node.capacity for node in ranks.nodes])
     transfer_s = max(download_s(data.bytes, node) for node in ranks.nodes)
     batches = (data.test_rows or 0) / train.batch_size
     forward_s = step.passed_s * cost.EVALUATION_FACTOR / cost.TRAINING_FACTOR

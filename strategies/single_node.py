@@ -89,7 +89,7 @@ def _on(inputs: Inputs, fit: _Fit) -> PlacedEstimate:
     speed = plain.recomputing if fit.recompute else plain
     pieces = micro_batches(inputs, train.batch_size, fit.largest)
     compute_s, step_s = speed.compute_s(train.batch_size, pieces), speed.step_s(train.batch_size, pieces)
-    startup_s, transfer_s = cost.startup_s(1), download_s(data.bytes, node)
+    startup_s, transfer_s = cost.startup_s(profile, [node.capacity]), download_s(data.bytes, node)
     evaluation_s = cost.evaluation_s(profile, train, data, [(plain, 1.0)])
     steps = cost.assumed_steps(profile, train, data)
     micro_batch = math.ceil(train.batch_size / pieces)

@@ -150,6 +150,35 @@ def test_a_hold_unblocks_a_rank_whose_peer_is_frozen(tmp_path: Path, cluster: Cl
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("drawn", ["alike", "apart"])
+def test_all_ranks_begin_with_the_values_of_rank_0(tmp_path: Path, cluster: Cluster, drawn: str) -> None:
+    """They are sent only where ranks have drawn different ones."""
+    code = SLOW_MLP.replace("hidden=16", "hidden=4096")
+    if drawn == "apart":
+        code = code.replace("def build(", "import os\n\n\ndef build(").replace(
+            "    return Net(", "    torch.manual_seed(os.getpid())\n    return Net("
+        )
+    job = mlp_job(tmp_path, steps=60, code={"model.py": code})
+    ranks = cluster.start(job, (16, 16))
+    ranks[0].wait_until(stepping(2))
+    for rank in ranks:
+        rank.say("pause")
+    for rank in ranks:
+        assert (fault := rank.outcome(20).fault) is not None and fault.reason is Reason.PAUSED_BY_USER
+    held = [{path.parent.name: path for path in (job.folder / node / "checkpoints").rglob("model.safetensors")}
+            for node in ("node0", "node1")]  # fmt: skip
+    common = held[0].keys() & held[1].keys()
+    assert common
+    for name in common:
+        one, other = (safetensors.torch.load_file(found[name]) for found in held)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    began, later = metrics_of(ranks[0].records())[:2]
+    sent_bytes = sum(tensor.nbytes for tensor in one.values())
+    step_bytes = later["bytes_sent"] - began["bytes_sent"]
+    assert (began["bytes_sent"] - step_bytes > 0.9 * sent_bytes) is (drawn == "apart")
+
+
+@pytest.mark.slow
 def test_a_newcomer_and_a_laggard_receive_the_state_of_the_highest_step(tmp_path: Path, cluster: Cluster) -> None:
     job = mlp_job(tmp_path, steps=60, code={"model.py": SLOW_MLP})
     first, second = cluster.start(job, (16, 16))
