@@ -115,8 +115,8 @@ def _on(name: str, stage: Stage) -> list[Measured]:
 def _job(stage: Stage, office: LanCluster, job: OracleJob) -> Measured:
     found = Measured(job)
     files = {name: file_of(job.model, name, stage.subfolder("jobs")) for name in (AUTO, *STRATEGIES)}
-    for name in STRATEGIES:
-        if why := _why_not(office, files[name]):  # it also identifies the model, which no run is then charged with
+    for name, file in files.items():
+        if why := _why_not(office, file):  # it also identifies the model, which no run is then charged with
             found.refused[name] = why
     for number in range(stage.rounds):
         forced = [SINGLE, *(name for name in STRATEGIES if name != SINGLE), CONTROL]

@@ -31,7 +31,9 @@ CODEC_BYTES_PER_S = 2e9  # fp32 to fp16 or back, one thread
 FP16_PENALTY = 0.01  # of the compute time, for what rounding the gradients may cost in convergence
 EVALUATION_FACTOR = 1.0  # forward only
 COLLECTIVE_S = 2e-4  # of any collective on a whole core: handed to gloo's threads and back
-GROUP_STEP_S = 1.1e-3  # the same for all that a group of whole models does in a step: hooks, buckets, who is in
+GROUP_STEP_S = 1e-4  # the same for what a group of whole models does in a step: hooks, buckets, who is in
+RING_RANK_S, GATHERED_RANK_S = 5e-4, 3e-4  # the same for each rank of the collective of such a step
+GATHERED_BYTES, GATHERED_MORE_BYTES = 256 * 1024, 32 * 1024
 PASS_BYTES = 12  # per parameter and pass, whatever its rows: weight read forward and backward, gradient written
 KEPT_S = 0.05  # how long what a cap allows and nobody used is kept: half of the kernel's period of 0.1 s on average
 KEPT_BY_DUTY_S = 0.25  # the same where workers are stopped and continued (node/duty_cycle.py)
@@ -195,8 +197,23 @@ def all_reduce_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: flo
 
 
 def all_reduce_bytes(ranks: int, volume_bytes: float) -> float:
-    """Over all links together: every rank sends 2 (n - 1) / n of the volume."""
-    return 2 * (ranks - 1) * volume_bytes
+    """Over all links together: every rank sends 2 (n - 1) / n of the volume around a ring; of what is gathered each
+    sends the whole to all others."""
+    each = ranks if gathered(ranks, volume_bytes) else 2
+    return each * (ranks - 1) * volume_bytes
+
+
+def gathered(ranks: int, size_bytes: float) -> bool:
+    """Whether a sum is quicker when each rank gets what all have and adds it up: half the rounds of a ring. That sends
+    more when there are more than two, so only what is small."""
+    more_bytes = (ranks - 1) * (1 - 2 / ranks) * size_bytes
+    return size_bytes <= GATHERED_BYTES and more_bytes <= GATHERED_MORE_BYTES
+
+
+def group_step_s(ranks: int, volume_bytes: float, capacity: Capacity) -> float:
+    """Of a node's own time in each step of a group of whole models, beside computing and carrying."""
+    rank_s = GATHERED_RANK_S if gathered(ranks, volume_bytes) else RING_RANK_S
+    return stretched_s(GROUP_STEP_S + (2 if capacity.gpus else ranks) * rank_s, capacity)
 
 
 def fp16_codec_s(volume_bytes: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos.jobspec import StrategyName
 from protos.plan import CostEstimate, NodeView, Placement, PlannedSubtask, RankCost
@@ -31,9 +31,9 @@ class _Member:
 
     node: NodeView
     speed: Speed
-    step_s: float
     largest: int
     cap: int
+    step_s: float = 0.0
 
     @property
     def rank_speed(self) -> RankSpeed:
@@ -41,6 +41,9 @@ class _Member:
         cut = self.speed.overhead_s / self.largest if self.largest < self.cap else 0.0
         fixed_s = self.speed.overhead_s + self.step_s + self.speed.optimizer_s
         return RankSpeed(fixed_s, self.speed.seconds_per_sample + cut, self.cap)
+
+    def among(self, ranks: int, volume_bytes: float) -> _Member:
+        return replace(self, step_s=cost.group_step_s(ranks, volume_bytes, self.node.capacity))
 
     def compute_s(self, samples: int, micro_batches: int) -> float:
         return self.step_s + self.speed.compute_s(samples, micro_batches)
@@ -85,8 +88,7 @@ def _member(inputs: Inputs, node: NodeView) -> _Member | None:
     if largest == 0:
         return None
     cap = train.batch_size if train.accumulate == "auto" else min(train.batch_size, largest * train.accumulate)
-    step_s = cost.stretched_s(cost.GROUP_STEP_S, node.capacity)
-    return _Member(node, cost.speed(inputs.profile, node.capacity, train), step_s, largest, cap)
+    return _Member(node, cost.speed(inputs.profile, node.capacity, train), largest, cap)
 
 
 def _best(inputs: Inputs) -> PlacedEstimate | None:
@@ -124,7 +126,7 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
         for other in ordered[: count - 1]:
             link = link_between(inputs.cluster, joined.node, other.node)
             worst = Link(max(worst.rtt_s, link.rtt_s), min(worst.bytes_per_s, link.bytes_per_s))
-        prefix = ordered[:count]
+        prefix = [member.among(count, 4.0 * inputs.profile.parameters) for member in ordered[:count]]
         used = len({member.node.node_id for member in prefix})
         if used > most_nodes:
             break

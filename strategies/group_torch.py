@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from protos.errors import DeadlineExceeded
 from protos.token_bucket import TokenBucket
 from strategies.context import TaskContext
+from strategies.cost import gathered
 from strategies.faults_torch import PeerLost
 from strategies.store_torch import ChannelStore
 from strategies.tcp_connections import Connection, open_connections
@@ -40,18 +41,22 @@ _ABANDONED: list[object] = []  # what a broken group may still write into: must 
 
 @dataclass(slots=True)
 class Pending:
-    """An all-reduce under way. `wait` raises PeerLost."""
+    """A sum under way. `wait` raises PeerLost. `parts`: what each rank has, as it arrives, a row for each; they are
+    added up in the order of the ranks."""
 
     group: Group
     work: Any
     tensor: torch.Tensor
+    parts: torch.Tensor | None = None
 
     def wait(self) -> None:
         try:
             with self.group.waiting():
                 self.work.wait()
         except RuntimeError as error:
-            raise self.group.lost(error, self.work, self.tensor) from error
+            raise self.group.lost(error, self.work, self.tensor, self.parts) from error
+        if self.parts is not None:
+            torch.sum(self.parts, 0, dtype=self.tensor.dtype, out=self.tensor)
 
 
 @dataclass(slots=True)
@@ -83,6 +88,12 @@ class Group:
         """In place; the tensor is not touched until `wait`. Every rank starts the same calls in the same order."""
         if self.backend is None:
             return Pending(self, _Finished(), tensor)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and operation == dist.ReduceOp.SUM and gathered(self.world_size, _size(tensor)):
+            parts = tensor.new_empty((self.world_size, *tensor.shape))
+            self._sends((self.world_size - 1) * _size(tensor))
+            work = self._start(lambda: self.backend.allgather([list(parts.unbind())], [tensor]), tensor, parts)
+            return Pending(self, work, tensor, parts)
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         self._sends(2 * (self.world_size - 1) * _size(tensor) // self.world_size)  # around a ring

@@ -71,7 +71,8 @@ def sent_bytes(profile: ModelProfile, cut: TensorCut, batch: int) -> float:
     """By each rank in a step of `batch` samples. Gradients of what every rank holds whole are averaged once."""
     share = (cut.ranks - 1) / cut.ranks
     whole = 4.0 * (profile.parameters - cut.parameters)
-    return share * (2 * (batch * cut.summed_bytes_per_sample + whole) + batch * cut.gathered_bytes_per_sample)
+    passed = share * batch * (2 * cut.summed_bytes_per_sample + cut.gathered_bytes_per_sample)
+    return passed + cost.all_reduce_bytes(cut.ranks, whole) / cut.ranks
 
 
 def _network_s(cut: TensorCut, pieces: int, sent: float, link: Link) -> float:

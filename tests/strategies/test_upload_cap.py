@@ -120,18 +120,20 @@ def test_a_broadcast_reaches_every_rank_once_and_the_source_sends_most(ranks: in
 
 
 def test_what_is_counted_is_what_each_collective_sends() -> None:
-    tensor = torch.zeros(300, dtype=torch.uint8)
+    small, tensor = torch.zeros(300, dtype=torch.uint8), torch.zeros(300_000, dtype=torch.uint8)
     sent = []
     for rank in range(3):
         group, _ = group_of(3, Clock(), None, rank)
-        group.all_reduce(tensor)
+        group.all_reduce(small)
         counts = [group.bytes_sent]
+        group.all_reduce(tensor)
+        counts.append(group.bytes_sent - sum(counts))
         group.all_gather(tensor)
         counts.append(group.bytes_sent - sum(counts))
         group.broadcast(tensor, source=1)
         counts.append(group.bytes_sent - sum(counts))
         sent.append(counts)
-    assert sent == [[400, 600, 0], [400, 600, 600], [400, 600, 0]]
+    assert sent == [[600, 400_000, 600_000, each] for each in (0, 600_000, 0)]
 
 
 @pytest.fixture
