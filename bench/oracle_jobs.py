@@ -32,7 +32,7 @@ MODELS: tuple[Workload, ...] = (
     replace(CNN, batch=512, steps=300),
     replace(CNN, name="CNN of 32 channels", args={"channels": 32}, batch=256, steps=200),
     replace(GPT_SMALL, steps=80),
-    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=40),
+    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=24),
     replace(LSTM, batch=64, steps=80),
 )
 STRATEGIES = ("single_node", "data_parallel", "pipeline_parallel", "model_parallel")
