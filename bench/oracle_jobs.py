@@ -27,13 +27,13 @@ NETWORKS: Mapping[str, tuple[str, ...]] = {
 }
 GPT_WIDE = {"width": 512, "layers": 4, "heads": 8, "context": SEQUENCE}
 MODELS: tuple[Workload, ...] = (
-    replace(MLP, batch=64, steps=2000),
-    replace(MLP, name="MLP 2.2 M", args={"hidden": 1400}, batch=256, steps=150),
-    replace(CNN, batch=512, steps=300),
-    replace(CNN, name="CNN of 32 channels", args={"channels": 32}, batch=256, steps=200),
-    replace(GPT_SMALL, steps=80),
-    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=24),
-    replace(LSTM, batch=64, steps=80),
+    replace(MLP, batch=64, steps=1400),
+    replace(MLP, name="MLP 2.2 M", args={"hidden": 1400}, batch=256, steps=110),
+    replace(CNN, batch=512, steps=220),
+    replace(CNN, name="CNN of 32 channels", args={"channels": 32}, batch=256, steps=150),
+    replace(GPT_SMALL, steps=60),
+    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=20),
+    replace(LSTM, batch=64, steps=60),
 )
 STRATEGIES = ("single_node", "data_parallel", "pipeline_parallel", "model_parallel")
 VALIDATION_ROWS = 297

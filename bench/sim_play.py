@@ -116,7 +116,7 @@ def _chosen(known: Coordinator, world: World, job: Job, way: Way, rng: random.Ra
             job.spec, job.profile, job.data, cluster, learner.table, rng, learner.ledger, plan_id=PlanId("simulated")
         )
     considered = planner.consider(Inputs(job.spec, job.profile, job.data, cluster), learner.table)
-    choice = choose(considered.arms, (), considered.residuals, rng, learner.ledger, switch_s=0.0, probes=False)
+    choice = choose(considered.arms, considered.residuals, rng, learner.ledger, switch_s=0.0, probes=False)
     made = planner.plan_of(considered, choice.action, choice.reason, choice.propensity, PlanId("simulated"))
     return replace(made, explored_loss_s=choice.charge_s)
 

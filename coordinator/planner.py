@@ -89,7 +89,7 @@ def plan(
         return _forced(considered, spec.strategy, "as the job file asks", plan_id)
     if not considered.placed:
         raise _no_placement(considered, StrategyName)
-    choice = choose(considered.arms, (), considered.residuals, rng, ledger, switch_s=considered.switch_s)
+    choice = choose(considered.arms, considered.residuals, rng, ledger, switch_s=considered.switch_s)
     return replace(
         plan_of(considered, choice.action, choice.reason, choice.propensity, plan_id),
         trials=choice.trials,

@@ -102,7 +102,7 @@ def review(
         return Verdict(f"{running.strategy} is being tried")
     if not standing.trying:  # what it turned out to take may make it worth knowing what others do
         found = choose(
-            arms, (), considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=running.strategy
+            arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=running.strategy
         )
         waiting, steps = found.trials if found.action != running.strategy else (), found.trial_steps
     if waiting and left * standing.step_s > 2 * switch_s:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qtable.probing import Arm, Belief, Trials, belief, expected_loss_s, trials, worth_switching
@@ -60,7 +60,6 @@ class Choice:
 
 def choose(
     arms: Mapping[str, Arm],
-    mask: Collection[str],
     residuals: Mapping[str, float],
     rng: random.Random,
     ledger: Ledger,
@@ -71,7 +70,7 @@ def choose(
     band: float = BAND,
     epsilon: float = EPSILON,
 ) -> Choice:
-    """`arms`: the feasible actions as predicted; `mask`: actions among them that must be neither explored nor tried.
+    """`arms`: the feasible actions as predicted; the others are masked by not being there.
 
     Greedy on U(a) = ln(T_best / T(a)) + residual(a). `switch_s`: what changing a running job from one action to another
     costs. `running`: the action it runs now; then the times are those of what is left of the job, it is left only
@@ -90,7 +89,7 @@ def choose(
         if not worth_switching(gain_s, switch_s):
             why = f"{greedy} would save {gain_s:.3g} s, less than twice what changing to it costs"
             greedy, ranked = running, [running, *(action for action in ranked if action != running)]
-    refused = {*mask, *(action for action in feasible if arms[action].seconds > FAR * best_s)} - {greedy}
+    refused = {action for action in feasible if arms[action].seconds > FAR * best_s} - {greedy}
     found = trials(arms, beliefs, ranked, switch_s, refused, running) if probes else Trials()
     if found.actions:
         action, loss_s = found.actions[0], expected_loss_s(found.actions[0], beliefs)

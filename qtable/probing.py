@@ -121,9 +121,9 @@ def abort(measured_s: float, runner_up_s: float) -> bool:
     return measured_s * ABORT_BELOW > runner_up_s
 
 
-def worth_switching(gain_s: float, cost_s: float, hysteresis: float = HYSTERESIS) -> bool:
+def worth_switching(gain_s: float, cost_s: float) -> bool:
     """Of a job that runs: what the other plan saves over all that is left, against what changing to it costs."""
-    return gain_s > hysteresis * cost_s
+    return gain_s > HYSTERESIS * cost_s
 
 
 def _trial_steps(

@@ -55,8 +55,11 @@ class Pending:
                 self.work.wait()
         except RuntimeError as error:
             raise self.group.lost(error, self.work, self.tensor, self.parts) from error
-        if self.parts is not None:
-            torch.sum(self.parts, 0, dtype=self.tensor.dtype, out=self.tensor)
+        if self.parts is not None:  # one after the other: processors that differ would sum a column in other orders
+            first, *others = self.parts.unbind()
+            self.tensor.copy_(first)
+            for part in others:
+                self.tensor.add_(part)
 
 
 @dataclass(slots=True)

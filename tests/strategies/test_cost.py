@@ -69,7 +69,7 @@ def test_an_unmeasured_node_still_has_a_speed() -> None:
 def test_a_ring_all_reduce_is_its_closed_form() -> None:
     assert cost.all_reduce_s(1, 1e9, 1.0, 1.0) == 0.0
     assert cost.all_reduce_s(4, 25e6, 0.0, 12.5e6) == pytest.approx(3.0)  # 25 MB over 100 Mbit/s
-    assert cost.all_reduce_s(4, 0.0, 0.02, 1.0) == pytest.approx(6 * 0.01)
+    assert cost.all_reduce_s(4, 1e6, 0.02, 1e12) == pytest.approx(6 * 0.01, rel=1e-3)
     assert cost.all_reduce_bytes(4, 100e6) == pytest.approx(4 * 150e6)
 
 
@@ -78,6 +78,7 @@ def test_what_is_small_is_gathered_and_sends_little_more_than_a_ring() -> None:
     assert cost.gathered(4, 20_000) and not cost.gathered(4, 40_000)
     assert cost.all_reduce_bytes(2, 200_000) == 2 * 200_000, "of two ranks each sends what it would around a ring"
     assert cost.all_reduce_bytes(4, 100.0) == 4 * 300.0
+    assert cost.all_reduce_s(4, 100.0, 0.02, 1e12) == pytest.approx(3 * 0.01)
     assert cost.group_step_s(4, 1e3, capacity()) < cost.group_step_s(4, 1e6, capacity())
     assert cost.group_step_s(4, 1e6, capacity()) > cost.group_step_s(2, 1e6, capacity())
 
