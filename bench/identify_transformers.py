@@ -8,7 +8,7 @@ Each type's default configuration is made small where that is possible (fewer la
 weights, and identified by strategies/profile_model_torch.py. Beside it the same configuration is built by AutoModel on
 the meta device and counted anew: parameters, and which modules hold how many. Families are compared with FAMILIES,
 which is written by hand from the papers: what is not in it is a transformer. The exit code is 1 when a type that was
-built differs.
+built differs, and when of all types fewer than LEAST_COMPARED could be built.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from strategies.context import TaskContext, Workspace
 from strategies.data.source import MODEL_ALONE
 from strategies.profile_model_torch import describe_model
 
-TYPE_LIMIT_S = 60
+TYPE_LIMIT_S = 60  # for building it, in both ways, and identifying it
+LEAST_COMPARED = 300
 LAYER_FIELDS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
     "num_encoder_layers", "depth", "vision_layers", "text_layers", "num_blocks",
@@ -205,10 +206,14 @@ def _line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {first}"[:160]
 
 
+class OutOfTime(BaseException):
+    """No Exception: what transformers raises is caught while a model is built, this must not be."""
+
+
 @contextlib.contextmanager
 def at_most(seconds: int) -> Iterator[None]:
     def over(*_: object) -> None:
-        raise TimeoutError(f"over {seconds} s")
+        raise OutOfTime(f"over {seconds} s")
 
     signal.signal(signal.SIGALRM, over)
     signal.alarm(seconds)
@@ -233,17 +238,18 @@ def main(arguments: list[str]) -> int:
             try:
                 with at_most(TYPE_LIMIT_S):
                     result = examined(model_type, mappings[model_type], Path(folder))
-            except TimeoutError as error:
+            except OutOfTime as error:
                 result = Result(model_type, problem=str(error))
             result.seconds = time.monotonic() - started
             results.append(result)
             sys.stderr.write(f"{result.seconds:6.1f} s  {model_type}  {result.problem or result.skipped}\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
-    return report(results)
+    return report(results, at_least=0 if options.only else LEAST_COMPARED)
 
 
-def report(results: list[Result]) -> int:
+def report(results: list[Result], at_least: int = 0) -> int:
+    """Prints what differs; 1 when something does, or when fewer than `at_least` types could be compared."""
     built = [result for result in results if not result.skipped]
     differing = [result for result in built if result.problem]
     print(f"types tried {len(results)}, built by transformers {len(built)}, exact {len(built) - len(differing)}")
@@ -252,7 +258,9 @@ def report(results: list[Result]) -> int:
     for result in results:
         if result.skipped:
             print(f"  skipped  {result.model_type} ({result.architecture}): {result.skipped}")
-    return 1 if differing else 0
+    if len(built) < at_least:
+        print(f"only {len(built)} types were compared, at least {at_least} are needed")
+    return 1 if differing or len(built) < at_least else 0
 
 
 if __name__ == "__main__":

@@ -45,9 +45,17 @@ async def answer_of(
                 process.stdin.close()
             return await _read(process, most_bytes)
     finally:
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kills it and, by the session that it leads, whatever it started."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()  # only while it is not waited for: then its number may be another's
+    await process.wait()
+    if not Path(f"/proc/{process.pid}").exists():  # another's; while some of its session live it is given to nobody
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own session: nothing it started outlives it
-        await process.wait()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _read(process: asyncio.subprocess.Process, most_bytes: int) -> bytes:
@@ -57,4 +65,5 @@ async def _read(process: asyncio.subprocess.Process, most_bytes: int) -> bytes:
         answer += block
         if len(answer) > most_bytes:
             return b""
+    await process.wait()  # so that it is not killed where it ends by itself
     return bytes(answer)

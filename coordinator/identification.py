@@ -6,6 +6,7 @@ Owns the choice of who looks and a small memory of what was found. The coordinat
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from protos.work import Fault, TaskKind
 from strategies.hugging_face import CONFIG_FILE
 
 _REMEMBERED = 256
+READERS_AT_ONCE = max(os.cpu_count() or 1, 2)  # each may take a core and hundreds of megabytes
 BUILD_S = 60.0  # for the user's own code: importing it, opening the data, building the model
 _READ_BYTES_PER_S = 20e6  # so much longer for data that must be read
 _BEFORE_S = 90.0  # a node may have to import torch, fetch the data and let others go first
@@ -41,11 +43,19 @@ class Refusal(SpecError):
 
 
 class Identifier:
-    """`build_s`: how long the user's code may take on a node before it counts as hanging."""
+    """`build_s`: how long the user's code may take on a node before it counts as hanging; `readers_at_once`: how many
+    confined children may read files at the same time, the others wait."""
 
-    def __init__(self, sessions: Sessions, blob: Callable[[Digest], Path], build_s: float = BUILD_S) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        blob: Callable[[Digest], Path],
+        build_s: float = BUILD_S,
+        readers_at_once: int = READERS_AT_ONCE,
+    ) -> None:
         self._sessions = sessions
         self._build_s = build_s
+        self._readers = asyncio.Semaphore(readers_at_once)
         self._overruns: OrderedDict[str, int] = OrderedDict()
         self._blob = blob
         self._known: OrderedDict[str, tuple[Identification, Session | None]] = OrderedDict()
@@ -60,7 +70,8 @@ class Identifier:
         if not entry_point(spec.model.source) and CONFIG_FILE in names:
             await self._check_directory(submission.weights)
             return
-        profile = await identify_file(self._blob(submission.weights.files[0].digest))
+        async with self._readers:
+            profile = await identify_file(self._blob(submission.weights.files[0].digest))
         if entry_point(spec.model.source):
             if not usable_as_weights(profile):
                 raise SpecError(
@@ -75,7 +86,8 @@ class Identifier:
 
     async def _check_directory(self, files: Manifest) -> None:
         """That hive trains such a configuration, and that weights and their index are what they say."""
-        profile = await identify_files("model.source", {file.path: self._blob(file.digest) for file in files.files})
+        async with self._readers:
+            profile = await identify_files("model.source", {file.path: self._blob(file.digest) for file in files.files})
         if not profile.trainable:
             raise SpecError(f"model.source cannot be trained: {profile.why_not}", code=ErrorCode.MODEL_UNUSABLE)
 

@@ -206,6 +206,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def human_bytes(size: float | None) -> str | None:
     if size is None:
         return None
+    if abs(size) >= 2**80:  # no number of bytes that is: a stranger's file says so
+        return "over 1 YiB"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -86,13 +86,11 @@ def _part(value: Mapping, depth: int) -> Content | None:
         key = max(inner, key=lambda name: _bytes(inner[name].tensors), default="")
         if key and _bytes(inner[key].tensors) >= own:
             return _beside(inner[key], key, inner)
-    direct = {
-        name: tensor for name, tensor in flatten(value) if not beside or not _named_as_training(name.partition(".")[0])
-    }
+    model = {key: item for key, item in value.items.items() if not _is_training_state(key, item)}
+    direct = dict(flatten(Mapping(model)))
     if not direct:
         return None
-    plain = not beside and all(isinstance(item, Tensor) for item in value.items.values())
-    return Content(direct, is_checkpoint=not plain and not _is_nested_state_dict(value))
+    return Content(direct, is_checkpoint=beside or not _is_nested_state_dict(value))
 
 
 def _is_nested_state_dict(value: Mapping) -> bool:
@@ -124,11 +122,11 @@ def _without_parallel(found: Content) -> None:
 
 
 def _is_training_state(key: Any, item: Any) -> bool:
-    return _named_as_training(key) or (isinstance(item, Mapping) and _groups(item) is not None)
-
-
-def _named_as_training(key: Any) -> bool:
-    return isinstance(key, str) and any(word in key.lower() for word in _TRAINING_WORDS)
+    """A tensor never is: its name is the model's, which may call a layer `upscaler`."""
+    if isinstance(item, Tensor):
+        return False
+    named = isinstance(key, str) and any(word in key.lower() for word in _TRAINING_WORDS)
+    return named or (isinstance(item, Mapping) and _groups(item) is not None)
 
 
 def _bytes(tensors: dict[Any, Tensor]) -> int:

@@ -127,6 +127,8 @@ def _weights(graph: ExportedGraph, stored: Mapping[str, _Weight]) -> list[Tensor
     for name, value in graph.parameters.items():
         if len(name) > MAX_NAME_CHARACTERS or len(found) >= MAX_TENSORS:
             raise unusable("the program's parameters are too many, or their names too long", _AGAIN)
+        if name in stored and value.shape != stored[name].value.shape:
+            raise unusable(f"the program and its list of weights give {name[:80]!r} two shapes", _AGAIN)
         identity = stored[name].path if name in stored else name
         found.append(TensorInfo(name, value.dtype, value.shape, 0, identity))
     return found

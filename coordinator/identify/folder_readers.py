@@ -36,7 +36,7 @@ READERS: tuple[FolderReader, ...] = (  # the first that matches reads
 def identify(folder: Folder) -> ModelProfile:
     """The profile of a directory; of format "unknown" when no reader knows it. Raises SpecError."""
     if not folder.sizes:
-        raise unusable("the directory is empty", "is it the right one?")
+        raise unusable("the directory holds no files", "is it the right one? Directories in it are not looked into")
     names = frozenset(folder.sizes)
     for reader in READERS:
         if reader.matches(names):

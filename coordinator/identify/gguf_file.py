@@ -202,9 +202,15 @@ def _description(
     notes = [f"GGUF version {version}, architecture {architecture or 'not said'}"]
     if isinstance(said, int) and said != parameters:
         notes.append(f"its metadata say {said} parameters, its tensors hold {parameters}")
-    for key in ("general.name", f"{architecture}.context_length", f"{architecture}.block_count", "split.count"):
+    for key in ("general.name", f"{architecture}.context_length", f"{architecture}.block_count"):
         if key in metadata:
             notes.append(f"{key}: {str(metadata[key])[:120]}")
+    shards = metadata.get("split.count", 1)
+    is_shard = type(shards) is int and shards > 1
+    if is_shard:
+        number = metadata.get("split.no")
+        which = f"shard {number + 1}" if type(number) is int else "a shard"
+        notes.append(f"{which} of {shards}: the others are not counted, join them with llama-gguf-split")
     if "general.architecture" not in metadata:
         notes.append("its metadata do not name an architecture")
     return Description(
@@ -217,6 +223,7 @@ def _description(
         dtypes={tensor.dtype for tensor in tensors},
         family=_family(architecture, layers),
         task=_task(architecture, metadata, groups),
+        unknown=["parameters"] if is_shard else [],
         notes=notes,
     )
 

@@ -24,6 +24,7 @@ from coordinator.identify.tensors import (
 from coordinator.identify.text_file import HUGGING_FACE
 from protos.errors import SpecError
 from protos.model import ModelProfile
+from protos.printable import printable
 from strategies.hugging_face import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -40,6 +41,7 @@ ADAPTER = "hugging_face_adapter"
 _ADAPTER_FILE = "adapter_config.json"
 _AGAIN = "fetch the directory again"
 _NEEDS_NODE = "its layers are found out on a node, by building it"
+_QUANTISED = ("quantization_config", "compression_config")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -63,10 +65,13 @@ def read(folder: Folder) -> ModelProfile:
     if tensors:
         found = _weighed(folder, tensors, HUGGING_FACE, why_not)
         found = replace(found, notes=(*found.notes, f"model_type {kind}"))
+        if quantised := _quantised(config):
+            unknown = tuple(dict.fromkeys((*found.unknown, "parameters")))
+            found = replace(found, unknown=unknown, notes=(*found.notes, quantised))
     else:
         found = foreign("pytorch", HUGGING_FACE, folder.total_bytes, why_not or _NEEDS_NODE, architecture=kind)
         found = replace(found, notes=(_without_weights(folder),))
-    found = replace(found, notes=(*found.notes, *_code(folder)), trainable=not why_not)
+    found = replace(found, notes=(*found.notes, *_beside(folder), *_code(folder)), trainable=not why_not)
     task = task_of(config)
     if task is None:
         return found
@@ -80,6 +85,24 @@ def _refusal(config: Mapping[str, Any]) -> str:
     except SpecError as error:
         return f"{error.message}: {error.hint}"
     return ""
+
+
+def _quantised(config: Mapping[str, Any]) -> str:
+    """What a configuration says of weights that are packed; nothing for others."""
+    parts = [config, *(each for each in config.values() if isinstance(each, dict))]
+    found = next((part[key] for part in parts for key in _QUANTISED if part.get(key)), None)
+    if found is None:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    by = f" by {printable(method[:40])}" if isinstance(method, str) else ""
+    return f"quantised{by}, says {CONFIG_FILE}: the count is of what is stored, not of what was packed"
+
+
+def _beside(folder: Folder) -> tuple[str, ...]:
+    """Another form of the model in the same directory, which is not looked into."""
+    found = [ascii(name)[1:-1][:80] for name in sorted(folder.sizes) if _top(name, ".onnx")]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (f"{found[0]}{more} beside it was not looked at: name the file to identify it",) if found else ()
 
 
 def _code(folder: Folder) -> tuple[str, ...]:

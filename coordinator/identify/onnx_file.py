@@ -14,7 +14,7 @@ from coordinator.identify.layers import Description, describe, family_of_layers
 from coordinator.identify.onnx_graph import Graph, OnnxModel, OnnxTensor, Value, read_model
 from coordinator.identify.onnx_layers import LayerFinder
 from coordinator.identify.onnx_shapes import Shape, Shapes
-from coordinator.identify.tensors import WHAT_HIVE_TRAINS, unusable
+from coordinator.identify.tensors import WHAT_HIVE_TRAINS, check_shape, unusable
 from protos.model import Family, ModelProfile
 
 WHY_NOT = f"ONNX is for inference: give the PyTorch source it was exported from. {WHAT_HIVE_TRAINS}"
@@ -107,7 +107,7 @@ def _fixed(value: Value, symbol: str, is_input: bool) -> Shape | None:
             found.append(1)
         else:
             return None
-    return tuple(found)
+    return check_shape(value.name, found)
 
 
 def _task(graph: Graph, known: Shapes, family: Family) -> str:

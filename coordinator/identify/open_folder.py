@@ -7,6 +7,7 @@ blocks on a pipe; the number of files opened and seen is bounded; who asks close
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -83,9 +84,12 @@ def _below(directory: int, name: str) -> Iterator[int]:
 
 
 def _look(directory: int, prefix: str, found: OpenFolder) -> None:
-    for name in sorted(os.listdir(directory)):
-        if len(found.sizes) >= MAX_SEEN:
-            raise unusable(f"the directory has over {MAX_SEEN} files", "name the one that holds the model")
+    room = MAX_SEEN - len(found.sizes)
+    with os.scandir(directory) as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, room + 1))
+    if len(names) > room:
+        raise unusable(f"the directory has over {MAX_SEEN} entries", "name the file that holds the model")
+    for name in names:
         if worth_opening(prefix + name):
             if (descriptor := _opened(directory, name, prefix)) is not None:
                 _take(descriptor, prefix + name, found)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import BinaryIO
 
-from coordinator.identify import sklearn_file
+from coordinator.identify import sklearn_file, text_file
 from coordinator.identify.pickle_walk import Walked, walk
 from coordinator.identify.pytorch_file import pickled_objects
 from coordinator.identify.tensors import WHAT_HIVE_TRAINS, foreign
+from protos.errors import SpecError
 from protos.model import ModelProfile
 
+_HEAD_BYTES = 4096
 _TEXT = re.compile(rb"c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\((?:dp|lp|i)\d*|[}\]]q.", re.DOTALL)  # protocols 0 and 1
 
 
@@ -20,8 +22,16 @@ def looks_like(head: bytes, size: int) -> bool:
 
 
 def read(file: BinaryIO, size: int) -> ModelProfile:
+    """Text that only begins like a pickle without a magic number is text; raises SpecError for other damaged ones."""
     file.seek(0)
-    return profile(walk(file), "sklearn_pickle", size)
+    try:
+        walked = walk(file)
+    except SpecError:
+        file.seek(0)
+        if (head := file.read(_HEAD_BYTES))[:1] == b"\x80" or not text_file.looks_like(head, size):
+            raise
+        return text_file.read(file, size)
+    return profile(walked, "sklearn_pickle", size)
 
 
 def profile(walked: Walked, file_format: str, size: int) -> ModelProfile:

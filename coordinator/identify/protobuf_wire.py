@@ -22,6 +22,7 @@ MAX_FIELDS = 1_500_000
 MAX_TEXT_BYTES = 4096
 MAX_LIST_BYTES = 256 * 1024 * 1024
 _WINDOW_BYTES = 64 * 1024
+_TOO_LARGE = "it is larger than what hive looks into, or damaged: give the model's source in PyTorch"
 _DAMAGED = "the file is damaged or was cut short: copy it again or write it again"
 
 
@@ -95,7 +96,7 @@ class Field:
         """The bytes of a span; raises SpecError when they are more than `limit`."""
         self._want(Wire.SPAN)
         if self.length > limit:
-            raise _damaged(f"a field of {self.length} bytes is over the limit of {limit}")
+            raise _too_large(f"has a field of {self.length} bytes, the limit is {limit}")
         return self.source.read(self.value, self.length)
 
     def text(self, limit: int = MAX_TEXT_BYTES) -> str:
@@ -123,7 +124,7 @@ class Field:
             value, at = self.source.varint(at, end)
             found.append(value - (1 << 64) if value >> 63 else value)
             if len(found) > limit:
-                raise _damaged(f"a list of more than {limit} numbers")
+                raise _too_large(f"has a list of more than {limit} numbers, the limit")
         return found
 
     def number_of_integers(self) -> int:
@@ -132,7 +133,7 @@ class Field:
             return 1
         self._want(Wire.SPAN)
         if self.length > MAX_LIST_BYTES:
-            raise _damaged(f"a list of {self.length} bytes is over the limit of {MAX_LIST_BYTES}")
+            raise _too_large(f"has a list of {self.length} bytes, the limit is {MAX_LIST_BYTES}")
         found, at, end = 0, self.value, self.value + self.length
         while at < end:
             piece = self.source.read(at, min(end - at, _WINDOW_BYTES))
@@ -168,11 +169,11 @@ class Message:
     def __iter__(self) -> Iterator[Field]:
         source, at, end = self.source, self.start, self.end
         if self.depth > MAX_DEPTH:
-            raise _damaged(f"its messages nest more than {MAX_DEPTH} deep")
+            raise _too_large(f"nests messages more than {MAX_DEPTH} deep, the limit")
         while at < end:
             source.fields += 1
             if source.fields > MAX_FIELDS:
-                raise _damaged(f"it has more than {MAX_FIELDS} fields")
+                raise _too_large(f"has more than {MAX_FIELDS} fields, the limit")
             tag, at = source.varint(at, end)
             number, kind = tag >> 3, tag & 7
             length = 0
@@ -202,3 +203,8 @@ def open_message(file: BinaryIO, size: int) -> Message:
 
 def _damaged(why: str) -> SpecError:
     return unusable(f"the protocol buffer is damaged: {why}", _DAMAGED)
+
+
+def _too_large(what: str) -> SpecError:
+    """It may be whole, and is more than hive looks at."""
+    return unusable(f"the protocol buffer {what}", _TOO_LARGE)

@@ -15,11 +15,13 @@ from coordinator.identify.folder import Folder
 from coordinator.identify.layers import Description, Layer, describe, family_of_layers
 from coordinator.identify.saved_model_graph import GraphVariable, SavedGraph, Signature, read_graph
 from coordinator.identify.tensor_bundle import Variable, read_index
-from coordinator.identify.tensors import MAX_TENSORS, WHAT_HIVE_TRAINS, unusable
+from coordinator.identify.tensors import MAX_TENSORS, WHAT_HIVE_TRAINS, check_shape, unusable
 from protos.model import ModelProfile
 
 WHY_NOT = f"a TensorFlow SavedModel is not trained by hive: rebuild the model in PyTorch. {WHAT_HIVE_TRAINS}"
 GRAPH_FILE, INDEX_FILE = "saved_model.pb", "variables/variables.index"
+_DATA_FILES = "variables/variables.data-"
+_AGAIN = "the directory is damaged or mixes two models: copy it again"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _NO_PARAMETER = re.compile(
@@ -42,7 +44,9 @@ def read(folder: Folder) -> ModelProfile:
     if graph is None:
         raise unusable(f"{GRAPH_FILE} is no regular file", "copy the directory again")
     index, sizes = folder.files.get(INDEX_FILE), folder.sizes
-    return identify(graph, sizes[GRAPH_FILE], index, sizes.get(INDEX_FILE, 0), folder.total_bytes)
+    data_bytes = [size for name, size in sizes.items() if name.startswith(_DATA_FILES)]
+    stored_bytes = sum(data_bytes) if data_bytes else None
+    return identify(graph, sizes[GRAPH_FILE], index, sizes.get(INDEX_FILE, 0), folder.total_bytes, stored_bytes)
 
 
 def identify(
@@ -51,11 +55,15 @@ def identify(
     index_file: BinaryIO | None = None,
     index_bytes: int = 0,
     total_bytes: int = 0,
+    stored_bytes: int | None = None,
 ) -> ModelProfile:
     """The profile of a SavedModel from its saved_model.pb and variables/variables.index, None where there is none.
-    `total_bytes`: of the whole directory. Raises SpecError (MODEL_UNUSABLE)."""
+    `total_bytes`: of the whole directory, `stored_bytes`: of the variables in it, None where they are not there. Raises
+    SpecError (MODEL_UNUSABLE)."""
     graph = read_graph(graph_file, graph_bytes)
     index = read_index(index_file, index_bytes) if index_file is not None else None
+    if index is not None and stored_bytes is not None and sum(each.bytes for each in index) > stored_bytes:
+        raise unusable(f"the index lists more than the {stored_bytes} bytes of variables beside it", _AGAIN)
     parameters, exact = _parameters(graph, index)
     layers = _layers(parameters)
     dtypes = {each.dtype for each in parameters} or {each.dtype for each in index or () if each.dtype in _FLOATS}
@@ -85,7 +93,10 @@ def identify(
 def _parameters(graph: SavedGraph, index: list[Variable] | None) -> tuple[list[Variable], bool]:
     """The variables that training changes, and whether the files say so."""
     if (found := graph.object_variables()) and any(each.trainable for each in found):
-        return _of_graph(each for each in found if each.trainable)
+        parameters, exact = _of_graph(each for each in found if each.trainable)
+        if index is not None and sum(each.elements for each in parameters) > sum(each.elements for each in index):
+            raise unusable("the graph has larger variables than its checkpoint holds", _AGAIN)
+        return parameters, exact
     stored = [] if index is None else [each for each in index if _PART.sub("", each.key) == each.key]
     if graph.trainable:
         names = {_PART.sub("", name) for name in graph.trainable}
@@ -106,7 +117,8 @@ def _of_graph(variables: Iterable[GraphVariable]) -> tuple[list[Variable], bool]
         if each.shape is None or -1 in each.shape:
             exact = False
             continue
-        found.append(Variable(each.name or f"variable_{len(found)}", each.dtype or "F32", each.shape, 0))
+        shape = check_shape(each.name, each.shape)
+        found.append(Variable(each.name or f"variable_{len(found)}", each.dtype or "F32", shape, 0))
         if len(found) > MAX_TENSORS:
             raise unusable(f"the SavedModel has more than {MAX_TENSORS} variables")
     return found, exact

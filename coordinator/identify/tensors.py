@@ -1,21 +1,25 @@
 """What a weights file holds, as names, types and sizes; and the ModelProfile that follows from them alone.
 
-Owns the reading of tensor names: buffers, families, layers. A weights file has no architecture, so its FLOPs and
-activations stay unknown and its requirements come from the table. Invariant: a shared tensor counts once.
+Owns the reading of tensor names: buffers, families, layers, and weights that quantisation packed. A weights file has no
+architecture, so its FLOPs and activations stay unknown and its requirements come from the table. Invariants: a shared
+tensor counts once; no shape has MAX_ELEMENTS elements, so that sums of sizes can be shown.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protos.errors import ErrorCode, SpecError
 from protos.model import Family, LayerProfile, ModelProfile, Requirements, base_requirements, complexity_of
+from protos.printable import printable
 
 MAX_TENSORS = 200_000
 MAX_NAME_CHARACTERS = 512
 MAX_DIMENSIONS = 32
+MAX_ELEMENTS = 2**63
 MAX_LAYERS_LISTED = 4_000
 
 WHAT_HIVE_TRAINS = (
@@ -24,8 +28,16 @@ WHAT_HIVE_TRAINS = (
     "a .pt2 file of torch.export"
 )
 
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq")
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8")
+_BUFFERS = (
+    "running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias", "freqs_cis",
+)  # fmt: skip
+_NUMBERS = ("F64", "F32", "F16", "BF16", "F8", "F6", "F4", "C")  # types of what is learned: floating-point and complex
+_MASK = re.compile(r"(attn|attention)\.bias$")
+_NARROW = ("F6", "F4")  # that only quantised weights have
+_BYTE_WIDE = "F8"  # that some models are cast to and others quantised to
+_INTEGERS = ("I", "U")
+_PACKED = re.compile(r"(^|[._])(q?weight|blocks|packed)$")  # of a tensor of integers
+_SCALE = re.compile(r"(^|[._])weight_scale(_inv)?$")  # beside weights of 8 bits
 
 
 def unusable(message: str, hint: str = "") -> SpecError:
@@ -48,7 +60,24 @@ class TensorInfo:
 
     @property
     def is_parameter(self) -> bool:
-        return self.dtype.startswith(_FLOATS) and self.name.rpartition(".")[2] not in _BUFFERS
+        leaf = self.name.rpartition(".")[2]
+        return self.dtype.startswith(_NUMBERS) and leaf not in _BUFFERS and not self._is_mask
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether quantisation made it: its elements are not the parameters of the model."""
+        integers = self.dtype.startswith(_INTEGERS) and len(self.shape) > 1
+        return self.dtype.startswith(_NARROW) or (integers and _PACKED.search(self.name) is not None)
+
+    @property
+    def is_scale(self) -> bool:
+        return _SCALE.search(self.name) is not None
+
+    @property
+    def _is_mask(self) -> bool:
+        """The causal mask that GPT-2 and its kin keep as `attn.bias`: of all positions against all."""
+        square = len(self.shape) == 4 and self.shape[:2] == (1, 1) and self.shape[2] == self.shape[3] > 1
+        return square and _MASK.search(self.name) is not None
 
 
 @dataclass(slots=True)
@@ -59,10 +88,11 @@ class _Group:
 
 def check_shape(name: str, shape: Iterable[object]) -> tuple[int, ...]:
     """A shape of plain non-negative integers within bounds; raises SpecError otherwise."""
-    sizes = tuple(shape)
-    if len(sizes) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**48 for size in sizes):
+    found = tuple(shape)
+    sizes = tuple(size for size in found if type(size) is int and 0 <= size < 2**48)
+    if sizes != found or len(sizes) > MAX_DIMENSIONS or math.prod(sizes) >= MAX_ELEMENTS:
         raise unusable(f"tensor {name[:80]!r} has an impossible shape", "the file is damaged: write it again")
-    return sizes  # type: ignore[return-value]
+    return sizes
 
 
 def profile_of(
@@ -77,6 +107,8 @@ def profile_of(
     """The profile of a file of weights. Raises SpecError when it holds no tensor."""
     groups: dict[str, _Group] = {}
     dtypes: set[str] = set()
+    packed: TensorInfo | None = None
+    scale: TensorInfo | None = None
     seen: set[Hashable] = set()
     total = 0
     for tensor in tensors:
@@ -84,6 +116,8 @@ def profile_of(
         group = groups.setdefault(prefix, _Group())
         group.tensors[leaf] = tensor.shape
         dtypes.add(tensor.dtype)
+        packed = packed or (tensor if tensor.is_packed else None)
+        scale = scale or (tensor if tensor.is_scale else None)
         identity = tensor.identity if tensor.identity is not None else tensor.name
         if tensor.is_parameter and identity not in seen:
             seen.add(identity)
@@ -91,6 +125,8 @@ def profile_of(
             total += tensor.elements
     if not groups:
         raise unusable("the file holds no tensors", "check that the right file was named")
+    if packed is None and any(dtype.startswith(_BYTE_WIDE) for dtype in dtypes):
+        packed = scale
     kinds = {prefix: kind_of(prefix, group.tensors) for prefix, group in groups.items()}
     layers = tuple(
         LayerProfile(prefix or "model", kinds[prefix], group.parameters, 0.0, 0.0, 0.0)
@@ -118,10 +154,18 @@ def profile_of(
             "input_shape",
             "flops_per_sample",
             "activation_bytes_per_sample",
+            *(("parameters",) if packed else ()),
             *unknown,
         ),
         why_not=why_not,
+        notes=(_said_of(packed),) if packed else (),
     )
+
+
+def _said_of(packed: TensorInfo) -> str:
+    sizes = ", ".join(map(str, packed.shape))
+    what = f"{printable(packed.name[:80])} is {packed.dtype}[{sizes}]"
+    return f"quantised weights, e.g. {what}: how many parameters were packed is not known, and their scales are counted"
 
 
 def task_of(groups: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from wire import Content, message, packed
 
 from coordinator.cli import model_view
 from coordinator.cli.main import cli
@@ -73,6 +74,19 @@ def test_what_cannot_be_a_model_is_a_typed_error(
     (here / "cut").write_bytes(b"PK\x03\x04")
     ended, out = identify(capsys, name, "-o", "json")
     assert ended == code and json.loads(out)["error"]["hint"]
+
+
+def test_sizes_beyond_any_file_are_refused_and_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    external: tuple[tuple[int, Content], ...] = (13, message((1, "location"), (2, "w.data"))), (14, 1)
+    for name, place in (("external", external), ("missing", ())):
+        weight = message((1, packed((2**47,) * 32)), (2, 1), (8, "w"), *place)
+        (here / name).write_bytes(message((1, 8), (7, message((5, weight))), (8, message((2, 18)))))
+        for arguments in ((), ("-o", "json")):
+            code = run(cli, "hive", ["models", "identify", name, *arguments])
+            written = capsys.readouterr()
+            assert code == 3 and "impossible shape" in written.out + written.err
+    shown = model_view.model({**documents.plain(profile(bytes=10**400)), "source": "x", "seen_by": "bytes"}, 5)
+    assert "over 1 YiB" in shown
 
 
 def profile(**more: Any) -> ModelProfile:

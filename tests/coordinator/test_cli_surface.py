@@ -177,6 +177,7 @@ def test_a_table_aligns_numbers_to_the_right() -> None:
 
 def test_sizes_and_times_are_for_people() -> None:
     assert [human_bytes(n) for n in (0, 2048, 3 * 1024**3)] == ["0 B", "2.0 KiB", "3.0 GiB"]
+    assert [human_bytes(n) for n in (10**400, float("inf"))] == ["over 1 YiB"] * 2
     assert [human_seconds(s) for s in (0.0123, 5, 65, 7260)] == ["12.3 ms", "5.0 s", "1 min 05 s", "2 h 01 min"]
 
 

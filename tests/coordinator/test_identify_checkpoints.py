@@ -88,6 +88,23 @@ def test_several_optimizers_and_schedulers_are_left_out() -> None:
     assert "written by Lightning 2.1.0" in profile.notes
 
 
+@pytest.mark.parametrize(("zipped", "file_format"), [(True, "pytorch_state_dict"), (False, "pytorch_legacy")])
+def test_a_layer_that_is_called_like_training_state_counts(zipped: bool, file_format: str) -> None:
+    whole = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("upscaler", "scaler", "optimus", "body")})
+    profile = identify(whole.state_dict(), zipped=zipped)
+    assert (profile.format, profile.parameters, len(profile.layers)) == (file_format, 48, 4)
+    assert identify(nn.Linear(2, 2).state_dict(prefix="scaler."), zipped=zipped).parameters == 6
+    with pytest.raises(SpecError, match="claims more"):
+        identify({**whole.state_dict(), "upscaler.weight": torch.zeros(1).expand(3, 3)}, zipped=zipped)
+
+
+def test_training_state_beside_bare_tensors_is_still_left_out() -> None:
+    model, optimizer = trained(torch.optim.Adam)
+    scaler = {"scale": 2.0, "_growth_tracker": 3}
+    profile = identify({**model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler})
+    assert (profile.format, profile.parameters) == ("pytorch_checkpoint", count(model))
+
+
 def test_a_copy_beside_the_model_is_said_and_not_counted() -> None:
     model = nn.Linear(8, 8)
     profile = identify({"model": model.state_dict(), "ema": model.state_dict(), "step": 3})

@@ -184,6 +184,7 @@ def lying_program(size: object) -> bytes:
         (lying_program(-3), "impossible shape"),
         (lying_program(2.5), "impossible shape"),
         (lying_program(1 << 60), "impossible shape"),
+        (lying_program(1 << 20), "two shapes"),
         (changed(IMAGES, lambda name, data: None if name.endswith("weight_0") else data), "missing"),
         (changed(IMAGES, lambda name, data: data[:8] if name.endswith("weight_0") else data), "less bytes"),
     ],

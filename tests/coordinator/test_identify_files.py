@@ -104,6 +104,75 @@ def test_layers_are_recognised_by_names_and_shapes(tmp_path: Path, model: nn.Mod
     assert profile.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
+def stored(folder: Path, **tensors: torch.Tensor) -> ModelProfile:
+    """The profile of a safetensors file; two underscores in a name are a dot."""
+    path = folder / "model.safetensors"
+    save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
+    return identify(path)
+
+
+def integers(dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+    return torch.zeros(sizes, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"mlp__qweight": integers(torch.int32, 8, 64), "mlp__scales": torch.zeros(1, 64, dtype=torch.half)},
+        {"mlp__weight": integers(torch.uint8, 256, 1), "mlp__weight__absmax": torch.zeros(8)},
+        {"mlp__weight": integers(torch.int8, 16, 16), "mlp__SCB": torch.zeros(16)},
+        {"mlp__weight_packed": integers(torch.int32, 16, 2), "mlp__weight_scale": torch.zeros(16, 1)},
+        {"mlp__gate_up_proj_blocks": integers(torch.uint8, 2, 4, 2, 16)},
+        {"mlp__weight": integers(torch.float8_e4m3fn, 8, 8), "mlp__weight_scale_inv": torch.zeros(1, 1)},
+    ],
+    ids=["gptq, awq", "bitsandbytes 4 bits", "bitsandbytes 8 bits", "compressed", "mxfp4", "8 bits with scales"],
+)
+def test_packed_weights_leave_the_parameters_unknown(tmp_path: Path, packed: dict[str, torch.Tensor]) -> None:
+    profile = stored(tmp_path, norm__weight=torch.zeros(64), **packed)
+    assert "parameters" in profile.unknown
+    assert "quantised weights, e.g. mlp." in profile.notes[0]
+
+
+def test_integers_that_are_tables_and_eight_bits_alone_are_counted_exactly(tmp_path: Path) -> None:
+    profile = stored(
+        tmp_path,
+        attn__relative_position_index=integers(torch.int64, 9, 9),
+        bn__num_batches_tracked=integers(torch.int64),
+        body__weight=integers(torch.float8_e4m3fn, 8, 8),
+    )
+    assert profile.parameters == 64 and "parameters" not in profile.unknown
+
+
+def test_complex_parameters_count(tmp_path: Path) -> None:
+    profile = stored(tmp_path, filter__weight=torch.zeros(4, 5, dtype=torch.complex64), norm__weight=torch.zeros(2))
+    assert (profile.parameters, profile.dtypes) == (22, ("C64", "F32"))
+
+
+def test_the_masks_of_gpt2_are_no_parameters(tmp_path: Path) -> None:
+    profile = stored(
+        tmp_path,
+        h__0__attn__bias=torch.ones(1, 1, 32, 32),
+        h__0__attn__masked_bias=torch.tensor(-1e4),
+        h__0__attn__c_attn__weight=torch.zeros(8, 24),
+        h__0__attn__c_attn__bias=torch.zeros(24),
+        mixing__attn__bias=torch.zeros(1, 4, 32, 32),
+        style__bias=torch.zeros(1, 1, 3, 3),
+    )
+    assert profile.parameters == 8 * 24 + 24 + 4 * 32 * 32 + 9
+    assert "h.0.attn" not in {layer.name for layer in profile.layers}
+
+
+@pytest.mark.parametrize("content", ["cat\ndog\n", "(in brackets) a note\n", "cat\ndog\nR" + "x\n" * 30])
+def test_text_that_begins_like_an_old_pickle_is_text(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "note.txt"
+    path.write_text(content)
+    profile = identify(path)
+    assert (profile.format, profile.trainable) == ("unknown", False)
+    path.write_bytes(content.encode() + b"\xff\0")
+    with pytest.raises(SpecError, match="pickle inside is damaged"):
+        identify(path)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickled_module_is_named_and_refused(tmp_path: Path, zipped: bool) -> None:
     torch.save(cnn(), tmp_path / "module.pt", _use_new_zipfile_serialization=zipped)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from coordinator.identify.confine import identify_files, identify_folder
+from coordinator.identify.folder import MAX_SEEN
 from coordinator.identify.open_folder import open_folder
 from protos.errors import ErrorCode, NotFound, SpecError
 from protos.model import Family, ModelProfile
@@ -99,6 +100,41 @@ def test_what_hive_does_not_train_is_identified_with_the_reason(tmp_path: Path, 
     profile = identify(tmp_path)
     assert not profile.trainable and message in profile.why_not and profile.parameters == 146
     assert "1 Python files" in profile.notes[-1]
+    assert ("parameters" in profile.unknown) == (message == "quantised")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantised_model_has_unknown_parameters_and_says_by_what(tmp_path: Path, nested: bool) -> None:
+    said = {"quantization_config": {"quant_method": "gptq\x1b", "bits": 4}}
+    packed = {"bert.pooler.qweight": torch.zeros(4, 8, dtype=torch.int32)}
+    save_file(
+        {**TENSORS, **packed}, model(tmp_path, **({"text_config": said} if nested else said)) / "model.safetensors"
+    )
+    profile = identify(tmp_path)
+    assert profile.unknown.count("parameters") == 1
+    assert any("quantised by gptq\\x1b, says config.json" in note for note in profile.notes)
+
+
+def test_an_onnx_file_beside_a_configuration_is_mentioned(tmp_path: Path) -> None:
+    for name in ("model.onnx", "other.onnx"):
+        (model(tmp_path) / name).write_bytes(b"x")
+    profile = identify(tmp_path)
+    assert profile.format == "hugging_face"
+    assert profile.notes == (
+        "no weights",
+        "model.onnx and 1 more beside it was not looked at: name the file to identify it",
+    )
+
+
+def test_directories_without_files_and_with_too_many_say_so(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(SpecError, match="holds no files") as caught:
+        identify(tmp_path)
+    assert "not looked into" in caught.value.hint
+    for number in range(MAX_SEEN):
+        (tmp_path / f"step-{number}").mkdir()
+    with pytest.raises(SpecError, match=f"over {MAX_SEEN} entries"):
+        identify(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_sizes"])

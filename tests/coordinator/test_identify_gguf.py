@@ -114,6 +114,14 @@ def test_a_recurrent_architecture_and_a_count_that_differs() -> None:
     assert "its metadata say 7 parameters, its tensors hold 2304" in profile.notes
 
 
+def test_a_shard_is_not_the_whole_model() -> None:
+    split = {**METADATA, "split.no": 1, "split.count": 3, "split.tensors.count": 18}
+    profile = read(Writer().write(split, TENSORS))
+    assert "parameters" in profile.unknown
+    assert any(note.startswith("shard 2 of 3") for note in profile.notes)
+    assert "parameters" not in read(Writer().write({**METADATA, "split.count": 1}, TENSORS)).unknown
+
+
 def test_names_of_strangers_are_safe_for_a_terminal() -> None:
     profile = read(Writer().write({"general.name": "\x1b[2Jgone"}, [("w\x1b]0;x\x07", (4,), F32)]))
     assert all(text.isprintable() for text in (*profile.notes, *(layer.name for layer in profile.layers)))
@@ -128,7 +136,8 @@ def one(name: str = "w", shape: tuple[int, ...] = (32, 2), kind: int = F32, data
     ("content", "said"),
     [
         (one(data=100), "lists"),
-        (one(shape=(1 << 46, 1 << 46), data=64), "lists"),
+        (one(shape=(1 << 40, 1 << 20), data=64), "lists"),
+        (one(shape=(1 << 46, 1 << 46), data=64), "impossible shape"),
         (one(shape=(33, 2), kind=Q8_0), "no blocks"),
         (one(kind=99), "unknown type"),
         (one(shape=(1,) * 9), "9 dimensions"),

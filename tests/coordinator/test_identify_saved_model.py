@@ -125,11 +125,14 @@ def test_a_directory_is_read_in_the_confined_child(tmp_path: Path) -> None:
     (tmp_path / "variables").mkdir()
     (tmp_path / "saved_model.pb").write_bytes(OLD)
     (tmp_path / "variables" / "variables.index").write_bytes(index(OLD_VARIABLES))
-    (tmp_path / "variables" / "variables.data-00000-of-00001").write_bytes(bytes(1000))
+    (tmp_path / "variables" / "variables.data-00000-of-00001").write_bytes(bytes(8000))
     profile = asyncio.run(identify_folder(tmp_path))
     assert (profile.format, profile.parameters) == ("saved_model", PARAMETERS)
-    assert profile.bytes == 1000 + len(OLD) + len(index(OLD_VARIABLES))
+    assert profile.bytes == 8000 + len(OLD) + len(index(OLD_VARIABLES))
     assert not any("missing" in note for note in profile.notes)
+    (tmp_path / "variables" / "variables.data-00000-of-00001").write_bytes(bytes(1000))
+    with pytest.raises(SpecError, match="more than the 1000 bytes of variables"):
+        asyncio.run(identify_folder(tmp_path))
 
 
 def test_without_a_list_names_decide_and_that_is_said() -> None:
@@ -166,13 +169,26 @@ def saved_objects() -> bytes:
 
 def test_objects_of_tensorflow_2_say_what_is_trained() -> None:
     graph = saved((7, saved_objects()), (5, signature(shape(-1, -1, 5), {"y": "Softmax:0"}, "predict")))
-    for variables in (index({f"v/0{VALUE}": (F32, (5, 16))}), None):
+    stored: Entries = {
+        f"v/{at}{VALUE}": (F32, dims) for at, dims in enumerate([(5, 16), (4, 16), (16,), (5, 16), (16,)])
+    }
+    for variables in (index(stored), None):
         profile = identify(graph, variables)
         assert (profile.parameters, profile.family) == (80 + 64 + 16, Family.RNN)
         assert [(layer.name, layer.kind) for layer in profile.layers] == [("lstm/cell", "LSTM")]
         assert profile.input_shape is None and "parameters" not in profile.unknown
         assert "input x: F32[?, ?, 5]" in profile.notes
     assert any("is missing" in note for note in profile.notes)
+
+
+def test_a_graph_that_claims_more_than_its_checkpoint_holds_is_refused() -> None:
+    graph = saved((7, saved_objects()))
+    with pytest.raises(SpecError, match="larger variables than its checkpoint"):
+        identify(graph, index({f"v/0{VALUE}": (F32, (5, 16))}))
+    huge = message((7, message((1, F32), (2, shape(*[1 << 40] * 3)), (3, 1), (6, "w"))))
+    root = message((1, message((1, 1), (2, "w"))))
+    with pytest.raises(SpecError, match="impossible shape"):
+        identify(saved((7, message((1, root), (1, huge)))), None)
 
 
 def test_variables_of_the_graph_serve_where_the_index_is_missing() -> None:

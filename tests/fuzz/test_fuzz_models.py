@@ -1,4 +1,5 @@
-"""Every reader of a model's bytes, by name, fed with damaged valid models: a profile or the typed error, nothing else.
+"""Every reader of a model's bytes, by name, fed with damaged valid models: a profile that can be shown, or the typed
+error, nothing else.
 
 A failure prints how to make the input again; it then belongs into the reader's own tests as a case.
 """
@@ -17,9 +18,11 @@ import pytest
 from fuzz_bytes import damaged
 from model_seeds import Entries
 
+from coordinator.cli import model_view
 from coordinator.identify import archive_readers, folder_readers, parse
 from coordinator.identify.archive import open_archive
 from coordinator.identify.folder import Folder, worth_opening
+from protos import documents
 from protos.errors import ErrorCode, SpecError
 from protos.model import ModelProfile
 
@@ -68,12 +71,12 @@ def feed(request: pytest.FixtureRequest, attempt: Callable[[random.Random], obje
         number += 1
         try:
             found = attempt(random.Random(f"{seed} {number}"))
+            assert isinstance(found, ModelProfile)
+            model_view.model({**documents.plain(found), "source": "x", "seen_by": "bytes"}, layers=20)
         except SpecError as error:
             assert error.code is ErrorCode.MODEL_UNUSABLE and error.message, f"seed {seed}, input {number}: {error!r}"
         except Exception as error:
             raise AssertionError(f"seed {seed}, input {number}: {type(error).__name__} escaped") from error
-        else:
-            assert isinstance(found, ModelProfile)
 
 
 def test_every_reader_has_seeds_that_it_reads() -> None:

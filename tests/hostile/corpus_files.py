@@ -14,6 +14,7 @@ from pathlib import Path
 import h5py
 
 GIB = 1024**3
+_HUGE = (2**47,) * 32
 _LAMBDA = {"class_name": "Lambda", "config": {"function": ["4wEAAAAAAAAA", None, None], "function_type": "lambda"}}
 
 
@@ -45,9 +46,14 @@ def _onnx(initializer: bytes, *nodes: bytes) -> bytes:
     return _field(1, 8) + _field(2, b"x") + _field(7, graph)
 
 
-def _external(location: bytes) -> bytes:
+def _external(location: bytes, *dimensions: int) -> bytes:
     entry = _field(1, b"location") + _field(2, location)
-    return _field(1, 4) + _field(2, 1) + _field(8, b"w") + _field(13, entry) + _field(14, 1)
+    return _dimensions(*(dimensions or (4,))) + _field(13, entry) + _field(14, 1)
+
+
+def _dimensions(*sizes: int) -> bytes:
+    """An ONNX tensor of that shape, without its data."""
+    return b"".join(_field(1, size) for size in sizes) + _field(2, 1) + _field(8, b"w")
 
 
 def _zip(entries: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
@@ -163,6 +169,8 @@ FILES: Mapping[str, Callable[[], bytes]] = {
     "npy-deep": lambda: _npy(b"(" * 60_000),
     "onnx-parent": lambda: _onnx(_external(b"../../../../etc/passwd")),
     "onnx-absolute": lambda: _onnx(_external(b"/etc/shadow")),
+    "onnx-external-dimensions": lambda: _onnx(_external(b"w.data", *_HUGE)) + _field(8, _field(2, 18)),
+    "onnx-missing-dimensions": lambda: _onnx(_dimensions(*_HUGE)) + _field(8, _field(2, 18)),
     "onnx-length": lambda: b"\x08\x08\x3a" + _varint(2**62) + b"x",
     "onnx-endless-varint": lambda: b"\x08\x08\x12" + b"\xff" * 1000,
     "onnx-nested": lambda: _onnx(b"", _nested_graph(300)),

@@ -1,4 +1,4 @@
-"""Identifies every path below a folder as `hive models identify` does, and writes what came of each as JSON.
+"""Identifies every path below a folder and shows it as `hive models identify` does; writes what came of each as JSON.
 
 A program of its own, so that the memory of its children is that of the readers alone.
 """
@@ -12,7 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+from coordinator.cli import model_view
 from coordinator.identify.confine import identify_path
+from protos import documents
 from protos.errors import HiveError
 
 AT_ONCE = 2
@@ -24,6 +26,7 @@ async def outcome(path: Path, turns: asyncio.Semaphore) -> dict[str, object]:
         try:
             profile = await identify_path(path)
             found: dict[str, object] = {"format": profile.format, "trainable": profile.trainable}
+            model_view.model({**documents.plain(profile), "source": path.name, "seen_by": "bytes"}, layers=20)
         except HiveError as error:
             found = {"code": error.code.value, "message": error.message, "hint": error.hint}
         return {"name": path.name, "seconds": time.monotonic() - started, **found}
