@@ -6,13 +6,14 @@ learner applies each once, in the order of seq, and keeps a snapshot that only s
 T_meas = startup + transfer + evaluation + planned steps * usual step. It is scaled to the planned steps, so pauses,
 checkpoints and lost steps do not count. Every group that gave way to another plan is a `trial` event of the same form,
 the last one of a job its `outcome`. It teaches nothing (`counted` false, with the reason) when it was lost, or made
-too few steps for one that began in the middle of a job.
+too few steps for one that began in the middle of a job. The ledger is credited with its time all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ from coordinator import qtable_events
 from coordinator.speeds import Speeds, lesson
 from coordinator.store.protocol import Store
 from protos.jobspec import JobSpec
+from protos.log import Log
 from protos.model import ModelProfile
 from protos.plan import DataProfile, Plan
 from protos.work import Metrics, Usage
@@ -44,6 +46,8 @@ KINDS_OF_A_JOB = (DECISION, *LESSONS)
 LEAST_STEPS = 10  # of a group that took over from another one
 _PAGE = 1000
 _AROUND = ("startup", "transfer", "evaluation")
+
+log = Log("hive.coordinator.learning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ def decision_payload(
     return {
         "plan_id": plan.id,
         "strategy": plan.strategy,
+        "reason": plan.reason,
         "state": list(plan.state),
         "features": {
             "parameters": profile.parameters,
@@ -120,6 +125,8 @@ def decision_payload(
                 "nodes": list(candidate.nodes),
                 "seconds": candidate.seconds,
                 "step_s": candidate.step_s,
+                "bytes": candidate.bytes,
+                "memory_bytes": candidate.memory_bytes,
                 "q": candidate.q,
                 "residual": candidate.residual,
                 "visits": candidate.visits,
@@ -136,6 +143,7 @@ def decision_payload(
         "expected_loss_s": plan.explored_loss_s if explored else 0.0,
         "loss_if_wrong_s": plan.expected_loss_s,
         "trials": list(plan.trials),
+        "trial_steps": plan.trial_steps,
         "cost_model_version": COST_MODEL_VERSION,
     }
 
@@ -175,6 +183,16 @@ def outcome_payload(plan: Plan, measured: Measured) -> dict[str, Any]:
     }
 
 
+def of_remembered(payload: Mapping[str, Any]) -> bool:
+    """Whether an outcome is of a plan whose step was not predicted but measured before.
+
+    Such a job teaches the table nothing: that the same takes the same again says nothing of how far off a prediction
+    is, and only predictions are corrected with residuals. Nor do the formulas' seconds beside it: by then this model's
+    own factor is in them, learned from the very same job. Speeds and steps learn from every run.
+    """
+    return bool(payload.get("basis", {}).get("remembered", False))
+
+
 class Learner:
     """Holds the table, the exploration ledger and the learned speeds; one per coordinator. The speeds have no snapshot:
     they are read from the log's outcomes when it starts. `notes` says where it started from, `problem`
@@ -210,11 +228,15 @@ class Learner:
             return False
         try:
             changed = self._change(seq, kind, payload)
-        except (KeyError, TypeError, ValueError) as error:
-            self.notes += f"; event {seq} was passed over: {type(error).__name__}: {error}"
+        except Exception as error:  # whatever a later version means by it
+            self._passed_over(f"event {seq} was passed over", error)
             changed = False
         self.table.last_seq = seq
         return changed
+
+    def _passed_over(self, what: str, error: Exception) -> None:
+        self.notes += f"; {what}: {type(error).__name__}: {error}"
+        log.warning(what, reason=f"{type(error).__name__}: {error}")
 
     def _change(self, seq: int, kind: str, payload: Mapping[str, Any]) -> bool:
         if kind == qtable_events.IMPORT:
@@ -230,8 +252,14 @@ class Learner:
         return loss_s > 0
 
     def _outcome(self, seq: int, payload: Mapping[str, Any]) -> bool:
-        if not payload["counted"]:
-            return False
+        """The ledger is credited with all the time that a job ran, of whatever cost model, also of one that teaches
+        nothing. Decisions are charged just so: a log read again must not hold losses without the time beside them."""
+        ran_s = float(payload["ran_s"])
+        if not 0 <= ran_s < math.inf:
+            raise ValueError(f"a job cannot have run for {ran_s} s")
+        self.ledger = self.ledger.credited(ran_s)
+        if not payload["counted"] or of_remembered(payload):
+            return ran_s > 0
         record = OutcomeRecord(
             seq,
             key_of(payload["state"]),
@@ -240,10 +268,7 @@ class Learner:
             float(payload["measured_s"]),
             int(payload["cost_model_version"]),
         )
-        if not apply(self.table, record):
-            return False
-        self.ledger = self.ledger.credited(float(payload["ran_s"]))
-        return True
+        return apply(self.table, record) or ran_s > 0
 
     def rebuild(self) -> None:
         """Forget everything: the next catch_up reads the log from its beginning."""
@@ -267,14 +292,17 @@ class Learner:
                 if not found or found[0].seq != last_seq:
                     self.notes += f"; event {last_seq} is not in this log, which is read again"
                     self.rebuild()
-            read = 0
-            while page := await store.events(self.table.last_seq, None, KINDS, _PAGE):
-                for event in page:
-                    self.apply(event.seq, event.kind, json.loads(event.payload_json))
-                read += len(page)
-            if read:
+            if read := await self._catch_up_table(store):
                 await self._saved()
             return read
+
+    async def _catch_up_table(self, store: Store) -> int:
+        read = 0
+        while page := await store.events(self.table.last_seq, None, KINDS, _PAGE):
+            for event in page:
+                self.apply(event.seq, event.kind, json.loads(event.payload_json))
+            read += len(page)
+        return read
 
     async def _catch_up_speeds(self, store: Store) -> None:
         while page := await store.events(self._speeds_seq, None, (*LESSONS, qtable_events.RESET), _PAGE):
@@ -289,21 +317,22 @@ class Learner:
         elif kind in LESSONS:
             try:
                 self.speeds.apply(payload)
-            except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-                self.notes += f"; outcome {seq} taught no speed: {type(error).__name__}: {error}"
+            except Exception as error:  # as in `apply`
+                self._passed_over(f"outcome {seq} taught no speed", error)
 
     def blank(self) -> Learner:
         """One of the same log and prior that has learned nothing and has no snapshot: for reading the log beside
         this one. It is never saved."""
         return Learner(Path("/dev/null/qtable.json"), self._prior, self._origin)
 
-    async def adopt(self, made: Learner) -> None:
-        """Go on with what another one has learned, unless this one has read further meanwhile; then save."""
+    async def adopt(self, made: Learner, store: Store) -> None:
+        """Go on with what another one has read in the log, and with what the log has got since; then save."""
         async with self._lock:
-            if made.table.last_seq >= self.table.last_seq:
-                self.table, self.ledger = made.table, made.ledger
-                self.speeds, self._speeds_seq = made.speeds, made._speeds_seq
-                await self._saved()
+            await made._catch_up_speeds(store)
+            await made._catch_up_table(store)
+            self.table, self.ledger = made.table, made.ledger
+            self.speeds, self._speeds_seq = made.speeds, made._speeds_seq
+            await self._saved()
 
     async def _saved(self) -> None:
         try:

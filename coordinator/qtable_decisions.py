@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from coordinator.learning import DECISION, LESSONS, Learner
+from coordinator.learning import DECISION, LESSONS, Learner, of_remembered
 from coordinator.qtable_replay import replay
 from coordinator.records import Event
 from coordinator.store.protocol import Store
@@ -29,17 +29,27 @@ async def lines(store: Store) -> AsyncIterator[dict[str, Any]]:
     while page := await store.events(after_seq, None, (DECISION,), _PAGE):
         for event in page:
             payload = json.loads(event.payload_json)
-            candidates = payload.get("candidates", [])
             yield {
                 "seq": event.seq,
                 "time": event.time_s,
                 "job_id": event.job_id,
                 **payload,
-                "mask": {each["strategy"]: each["reasons"] for each in candidates if not each["feasible"]},
-                "predictions": {each["strategy"]: each["seconds"] for each in candidates if each["feasible"]},
+                **_of_candidates(payload),
                 "outcome": outcomes.get(payload.get("plan_id", "")),
             }
         after_seq = page[-1].seq
+
+
+def _of_candidates(payload: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Empty for candidates of which another version says other things."""
+    try:
+        candidates = payload["candidates"]
+        return {
+            "mask": {each["strategy"]: each["reasons"] for each in candidates if not each["feasible"]},
+            "predictions": {each["strategy"]: each["seconds"] for each in candidates if each["feasible"]},
+        }
+    except (KeyError, TypeError, AttributeError):
+        return {"mask": {}, "predictions": {}}
 
 
 async def _outcomes(store: Store) -> dict[str, dict[str, Any]]:
@@ -63,7 +73,7 @@ async def evaluation(learner: Learner, store: Store) -> dict[str, Any]:
         nonlocal unread
         try:
             _watch(tally, event.kind, payload, made)
-        except (KeyError, TypeError, ValueError):
+        except Exception:  # whatever a later version means by it
             unread += 1
 
     _, events = await replay(learner, store, learner.table.last_seq, watch)
@@ -75,9 +85,13 @@ def _watch(tally: Evaluation, kind: str, payload: Mapping[str, Any], made: Learn
         return
     if kind == DECISION:
         feasible = [each for each in payload["candidates"] if each["feasible"] and each["seconds"] is not None]
+        learned = residuals(made.table, key_of(payload["state"]))
+        corrections = {
+            str(each["strategy"]): 0.0 if each.get("measured") else learned[str(each["strategy"])] for each in feasible
+        }
         decided = Decided(
             {str(each["strategy"]): float(each["seconds"]) for each in feasible},
-            residuals(made.table, key_of(payload["state"])),
+            corrections,
             str(payload["strategy"]),
             float(payload["propensity"]),
             bool(payload["forced"]),
@@ -85,6 +99,7 @@ def _watch(tally: Evaluation, kind: str, payload: Mapping[str, Any], made: Learn
         tally.decide(str(payload["plan_id"]), decided)
     elif payload["counted"]:
         action = str(payload["strategy"])
-        residual = residuals(made.table, key_of(payload["state"]))[action]
+        known = residuals(made.table, key_of(payload["state"]))[action]
+        residual = 0.0 if of_remembered(payload) else known  # what was measured before is not corrected
         times = float(payload["predicted_s"]), float(payload["measured_s"])
         tally.finish(str(payload["plan_id"]), action, *times, residual)

@@ -51,15 +51,17 @@ def _applied(made: Learner, page: Sequence[Event], watch: Watch) -> None:
 
 
 async def rebuild(learner: Learner, store: Store) -> Comparison:
-    """Read the log from its beginning, compare with what is in use, and go on with what the log says."""
+    """Read the log from its beginning, compare with what is in use, and go on with what the log says. What is
+    appended meanwhile is not compared, and is in what the learner goes on with."""
     while await learner.catch_up(store):
         pass  # until table and speeds have seen the same events
+    upto_seq = learner.table.last_seq
     in_use = snapshot.document(learner.table, learner.ledger)
     speeds = learner.speeds.learned()
-    made, read = await replay(learner, store, learner.table.last_seq)
+    made, read = await replay(learner, store, upto_seq)
     again = snapshot.document(made.table, made.ledger)
     differs = tuple(name for name in again if name != "sha256" and again[name] != in_use[name])
     if made.speeds.learned() != speeds:
         differs = (*differs, "speeds")
-    await learner.adopt(made)
-    return Comparison(read, made.table.last_seq, differs)
+    await learner.adopt(made, store)
+    return Comparison(read, upto_seq, differs)

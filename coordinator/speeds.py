@@ -70,10 +70,13 @@ class Speeds:
         for rank in payload["ranks"]:
             self._rank(rank, work, str(basis["model"]))
         if (network := payload.get("network")) is not None:
-            factor = float(network["measured_s"]) / max(float(network["predicted_s"]), 1e-9)
+            off = float(network["measured_s"]) / max(float(network["predicted_s"]), 1e-9)
             key = (str(network["name"]), work)
             before = self._networks.get(key, Average())
-            _put(self._networks, key, before.with_(_clipped(math.log(factor) + before.mean)))
+            # the factor that the prediction was made with: jobs planned meanwhile may have changed it since. Events of
+            # older versions do not say it
+            predicted_with = float(network.get("factor", before.factor))
+            _put(self._networks, key, before.with_(_clipped(math.log(off * predicted_with))))
         key_of_steps = str(basis["combination"])
         known = self._steps.get(key_of_steps, Average())
         _put(self._steps, key_of_steps, known.with_(math.log(step_s), first=1.0))
@@ -167,6 +170,8 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
                 "predicted_s": max(predicted_s, least_s),
                 "measured_s": max(waited_s, least_s),
             }
+            if basis.network_factor is not None:
+                found["network"]["factor"] = basis.network_factor
     return found
 
 

@@ -118,13 +118,15 @@ class RankCost:
 @dataclass(frozen=True, slots=True)
 class Basis:
     """Under which keys what comes of a prediction is learned. `modelled_step_s` is that of the formulas; a step of the
-    same combination that was measured before stands in its place."""
+    same combination that was measured before stands in its place. `network_factor`: learned of the plan's network, and
+    in the prediction; None in plans of older versions, which do not say it."""
 
     work: Work
     model: str
     combination: str
     modelled_step_s: float
     remembered: bool = False
+    network_factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

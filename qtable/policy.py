@@ -24,7 +24,7 @@ FAR = 3.0  # an action predicted to take more than this many times the best is n
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Cumulative time of finished jobs, and the predicted loss of the explorations among them, in seconds."""
+    """Cumulative time of jobs that ended, and the predicted loss of the explorations among them, in seconds."""
 
     job_s: float = 0.0
     loss_s: float = 0.0

@@ -60,8 +60,10 @@ def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -
         for rank in estimate.ranks
     )
     key = combination(inputs, strategy, placed)
-    step_s = inputs.cluster.learned.steps.get(key)
-    basis = Basis(work, model_key(inputs.profile, inputs.spec.train), key, estimate.step_s, step_s is not None)
+    learned = inputs.cluster.learned
+    step_s = learned.steps.get(key)
+    model, network_factor = model_key(inputs.profile, inputs.spec.train), learned.networks.get((placed.network, work))
+    basis = Basis(work, model, key, estimate.step_s, step_s is not None, network_factor or 1.0)
     if step_s is None:
         return replace(placed, cost=replace(estimate, ranks=ranks, basis=basis))
     steps = cost.assumed_steps(inputs.profile, inputs.spec.train, inputs.data)

@@ -63,9 +63,10 @@ def test_nothing_is_better_than_the_oracle_and_the_same_seed_gives_the_same_cour
 def test_a_coordinator_of_the_simulation_learns_as_the_real_one() -> None:
     found = world("test/5", most=3)
     known, truth = Coordinator(), Truth(found, 0.5)
-    for one in jobs(found, 6):
+    order = jobs(found, 6)
+    for one in order:
         play(truth, one, Way.RESIDUAL, known, random.Random(0))
-    assert known.learner.table.n.sum() == 6
+    assert len({id(one) for one in order}) <= known.learner.table.n.sum() < 6, "the same again teaches it nothing"
     assert known.learner.speeds.learned().steps
     assert known.learner.ledger.job_s > 0
 

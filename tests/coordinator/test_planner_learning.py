@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coordinator import qtable_events
 from coordinator.learning import (
     DECISION,
     KINDS,
     OUTCOME,
+    TRIAL,
     Learner,
     Measured,
     decision_payload,
@@ -20,6 +24,7 @@ from coordinator.learning import (
     usual_step_s,
 )
 from coordinator.planner import plan
+from coordinator.qtable_decisions import evaluation, lines
 from coordinator.store.memory import MemoryStore
 from coordinator.store.protocol import AppendEvent
 from protos.capacity import Capacity, FamilyRate
@@ -29,8 +34,11 @@ from protos.model import Complexity, Family, LayerProfile, ModelProfile, Require
 from protos.plan import ClusterView, DataProfile, NodeView, Plan
 from protos.states import Activity, Eligibility, NodeLink
 from protos.work import Metrics, Usage
+from qtable.backoff import deviations, residuals
 from qtable.policy import Ledger
+from qtable.prior import Prior, load_prior
 from qtable.state import StateKey
+from strategies.cost import COST_MODEL_VERSION
 
 GIB = 1024**3
 DATA = DataProfile("", 64_000, 10**6)
@@ -152,6 +160,43 @@ def test_an_event_of_a_later_version_is_passed_over_and_told(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    "odd",
+    [
+        {"basis": ["remembered"], "counted": True, "ran_s": 1.0},
+        {"basis": None, "counted": True, "ran_s": 1.0},
+        {"ranks": ["node"], "network": 3},
+        {"ranks": {"node": {}}, "basis": 1},
+        {"measured_step_s": "1e999", "steps": [], "state": {"cell": 1}},
+        {"ran_s": 10**400},
+        {"cost_model_version": math.inf},
+    ],
+)
+def test_a_coordinator_starts_and_learns_on_whatever_a_later_version_wrote(
+    tmp_path: Path, odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        store, learner = MemoryStore(), Learner(tmp_path / "qtable.json")
+        made = decide(learner, strategy="single_node")
+        payload = outcome_payload(made, slow(made))
+        await store.commit(
+            AppendEvent(OUTCOME, payload=payload | odd),
+            AppendEvent(DECISION, payload={"explored": True, "candidates": 1, "expected_loss_s": []}),
+            AppendEvent(qtable_events.IMPORT, payload={"ranks": [1]}),
+            AppendEvent(OUTCOME, payload=payload),
+        )
+        assert await learner.catch_up(store) == 4
+        assert learner.table.visits(StateKey(*made.state), "single_node") in (1, 2)
+        assert learner.speeds.learned().steps
+        assert "event 3 was passed over: AttributeError" in learner.notes
+        assert (await evaluation(learner, store))["events"] == 4
+        (line,) = [line async for line in lines(store)]
+        assert (line["candidates"], line["mask"], line["predictions"]) == (1, {}, {})
+
+    asyncio.run(story())
+    assert any("event 3 was passed over" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
     ("measured", "why"),
     [
         (Measured(False, 1, 500, 0.1, 0.5), "did not run to its end"),
@@ -166,8 +211,9 @@ def test_a_job_that_went_another_way_than_planned_teaches_nothing_and_says_so(
     payload = outcome_payload(decide(learner), measured)
     assert (payload["counted"], payload["reward"]) == (False, None)
     assert why in payload["why"]
-    assert not learner.apply(1, OUTCOME, payload)
-    assert learner.ledger == Ledger()
+    learner.apply(1, OUTCOME, payload)
+    assert learner.table.n.sum() == 0
+    assert learner.ledger == Ledger(measured.steps * measured.step_s), "it ran all the same"
 
 
 def test_a_job_that_stopped_for_a_while_is_measured_by_its_median_step(tmp_path: Path) -> None:
@@ -209,3 +255,72 @@ def test_what_exploring_costs_is_charged_when_it_is_decided(tmp_path: Path) -> N
     assert learner.apply(1, DECISION, payload)
     assert not learner.apply(1, DECISION, payload)
     assert learner.ledger == Ledger(0.0, 3.0)
+
+
+def test_after_a_change_of_the_cost_model_the_ledger_holds_what_it_held_before(tmp_path: Path) -> None:
+    """1 jobs ran under an older model, one of them to its end; one explored 2 the snapshot is of that model, so the log
+    is read again 3 the loss stands beside all the time that the jobs ran, and exploring goes on."""
+
+    async def story() -> None:
+        store, path = MemoryStore(), tmp_path / "qtable.json"
+        old = Prior(load_prior().q0, COST_MODEL_VERSION - 1)
+        learner = Learner(path, old)
+        made = replace(decide(learner), cost_model_version=COST_MODEL_VERSION - 1)
+        explored = decision_payload(made, job(), PROFILE, DATA) | {"explored": True, "expected_loss_s": 3.0}
+        await store.commit(
+            AppendEvent(DECISION, payload=explored),
+            AppendEvent(OUTCOME, payload=outcome_payload(made, Measured(True, 1, 4000, 0.1, 0.5))),
+            AppendEvent(TRIAL, payload=outcome_payload(made, Measured(False, 1, 500, 0.1, 0.5))),
+        )
+        await learner.catch_up(store)
+        assert learner.ledger == Ledger(450.0, 3.0) and learner.ledger.affords(1.5)
+        assert learner.table.n.sum() == 1
+        newer = Learner(path)
+        assert "of another cost model" in newer.notes
+        await newer.catch_up(store)
+        assert newer.ledger == learner.ledger
+        assert newer.table.n.sum() == 0, "what corrected the old formulas says nothing of the new ones"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("ran_s", [math.nan, math.inf, -1.0])
+def test_a_time_that_no_job_can_have_run_is_not_credited(tmp_path: Path, ran_s: float) -> None:
+    learner = Learner(tmp_path / "qtable.json")
+    made = decide(learner)
+    assert not learner.apply(1, OUTCOME, outcome_payload(made, slow(made)) | {"ran_s": ran_s})
+    assert (learner.ledger, learner.table.n.sum()) == (Ledger(), 0)
+    assert "event 1 was passed over" in learner.notes
+
+
+def test_the_same_job_again_teaches_the_table_nothing_and_the_next_model_is_predicted_as_unsurely(
+    tmp_path: Path,
+) -> None:
+    """1 a job takes twice as long as the formulas say 2 the same comes again ten times, predicted with the step that it
+    took 3 a model that nobody has seen is expected to be as far off as after the first of them."""
+
+    async def story() -> None:
+        store, learner = MemoryStore(), Learner(tmp_path / "qtable.json")
+        first = decide(learner, strategy="single_node")
+        await ran(store, first, slow(first, 2.0))
+        await learner.catch_up(store)
+        key = StateKey(*first.state)
+        known = residuals(learner.table, key), deviations(learner.table, key)
+        assert known[0]["single_node"] < 0
+        for _ in range(10):
+            cluster = ClusterView(CLUSTER.nodes, learned=learner.speeds.learned())
+            again = plan(
+                job(strategy="single_node", nodes={"require": {"names": ["a"]}}),
+                PROFILE, DATA, cluster, learner.table, random.Random(0), learner.ledger,
+            )  # fmt: skip
+            assert again.estimate.basis is not None and again.estimate.basis.remembered
+            await ran(store, again, slow(again, 1.0))
+            await learner.catch_up(store)
+        assert (residuals(learner.table, key), deviations(learner.table, key)) == known
+        assert learner.table.visits(key, "single_node") == 1
+        assert learner.ledger.job_s == pytest.approx(11 * 1000 * 2 * first.estimate.step_s), "it ran all the same"
+        judged = (await evaluation(learner, store))["errors"][0]
+        assert judged["jobs"] == 11
+        assert judged["error_with"] == judged["error_without"], "nor was any of them planned with what it holds"
+
+    asyncio.run(story())

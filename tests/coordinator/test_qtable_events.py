@@ -7,6 +7,7 @@ import asyncio
 import copy
 import itertools
 import json
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.qtable_kill import failures, run
 from coordinator import qtable_events, qtable_replay
 from coordinator.learning import DECISION, KINDS, OUTCOME, TRIAL, Learner
+from coordinator.records import Event
 from coordinator.store.memory import MemoryStore
 from coordinator.store.protocol import AppendEvent
+from protos.ids import JobId
 from protos.plan import Work
 from qtable import snapshot
 from qtable.policy import Ledger
@@ -135,6 +139,55 @@ def test_a_rebuild_names_what_differs_and_the_log_wins(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+class Busy(MemoryStore):
+    """Something happens while the log is read from its beginning, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: list[Callable[[], Awaitable[object]]] = []
+
+    async def events(
+        self,
+        after_seq: int = 0,
+        job_id: JobId | None = None,
+        kinds: Collection[str] | None = None,
+        limit: int = 1000,
+    ) -> tuple[Event, ...]:
+        page = await super().events(after_seq, job_id, kinds, limit)
+        if after_seq == 0 and limit > 1:
+            todo, self.meanwhile = self.meanwhile, []
+            for each in todo:
+                await each()
+        return page
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_rebuild_acts_although_a_job_ends_meanwhile_and_has_it_too(tmp_path: Path, read: bool) -> None:
+    """1 the table in use is damaged 2 while the log is read again a job ends, which the table in use learns from, or
+    not yet 3 the damage is told and gone, and the job that ended is in."""
+
+    async def story() -> None:
+        store, learner = Busy(), Learner(tmp_path / "qtable.json")
+        await store.commit(outcome(0, 0, 2.0))
+        await learner.catch_up(store)
+        learner.table.learn(StateKey(0, 0, 0, 0), "single_node", 1.0)
+        store.meanwhile.append(lambda: store.commit(outcome(1, 1, 3.0)))
+        if read:
+            store.meanwhile.append(lambda: learner.catch_up(store))
+        found = await qtable_replay.rebuild(learner, store)
+        assert (found.events, found.last_seq) == (1, 1)
+        assert {"Q", "n"} <= set(found.differs)
+        clean = Learner(tmp_path / "none" / "qtable.json")
+        await clean.catch_up(store)
+        assert state_of(learner) == state_of(clean)
+        assert clean.table.n.sum() == 2
+        assert snapshot.load(tmp_path / "qtable.json").reason == "qtable.json at event 2"
+        assert await learner.catch_up(store) == 0
+        assert (await qtable_replay.rebuild(learner, store)).differs == ()
+
+    asyncio.run(story())
+
+
 def test_a_reset_forgets_table_ledger_and_speeds_and_learning_goes_on(tmp_path: Path) -> None:
     async def story() -> None:
         store, learner = MemoryStore(), Learner(tmp_path / "qtable.json", origin="here")
@@ -213,9 +266,14 @@ def test_both_kinds_are_read_by_the_learner(kind: str) -> None:
     assert kind in KINDS
 
 
-def test_killed_while_it_saves_the_learner_loses_nothing() -> None:
-    from bench.qtable_kill import run
+def test_a_full_run_of_kills_that_missed_the_saves_has_failed() -> None:
+    well: dict[str, float] = {"rounds": 200, "events": 9, "in a save": 20, "lost": 0, "differing": 0}
+    assert failures(well) == failures({**well, "rounds": 3, "in a save": 0}) == []
+    assert "only 19 kills" in failures({**well, "in a save": 19})[0]
+    assert failures({**well, "lost": 1, "differing": 2}) == ["1 lost", "2 differing"]
 
+
+def test_killed_while_it_saves_the_learner_loses_nothing() -> None:
     result = run(rounds=3, seed=1)
     assert result["events"] >= 3
     assert (result["lost"], result["differing"]) == (0, 0)

@@ -23,6 +23,7 @@ from coordinator.planner import plan
 from coordinator.speeds import LIMIT, Average, Speeds
 from coordinator.store.memory import MemoryStore
 from protos import documents
+from protos.capacity import LinkEstimate
 from protos.ids import NodeId
 from protos.plan import ClusterView, Learned, Plan, Work
 from protos.work import Usage
@@ -127,6 +128,51 @@ def test_waiting_that_computing_does_not_explain_is_the_networks() -> None:
     assert slow.networks[("loopback", Work.WHOLE)] > 2
     quick = taught(outcome(made, {}, wait_s=exposed_s)).learned()
     assert quick.networks.get(("loopback", Work.WHOLE), 1.0) == pytest.approx(1.0)
+
+
+def far_apart(learned: Learned | None = None) -> Plan:
+    """Of a group that waits for its network noticeably long."""
+    learner = Learner(Path("/nonexistent/qtable.json"))
+    links = {(NodeId("a"), NodeId("b")): LinkEstimate(2.0, 1e9, None)}
+    cluster = ClusterView(CLUSTER.nodes, links, learned or Learned())
+    return plan(
+        job(strategy="data_parallel"), PROFILE, DATA, cluster, learner.table, random.Random(0), learner.ledger
+    )  # fmt: skip
+
+
+def exposed_s(made: Plan) -> float:
+    return made.estimate.step_s - max(rank.compute_s for rank in made.estimate.ranks)
+
+
+def test_jobs_that_were_planned_at_once_teach_a_network_no_more_than_it_did() -> None:
+    """Five jobs were planned before any had ended, and waiting took twice as long in all of them."""
+    made = far_apart()
+    lesson = outcome(made, {}, wait_s=2 * exposed_s(made))
+    assert lesson["network"]["factor"] == 1.0
+    factor = taught(*[lesson] * 5).learned().networks[("loopback", Work.WHOLE)]
+    assert 1.7 < factor <= 2.0
+
+
+def test_jobs_one_after_the_other_teach_a_network_what_it_really_takes() -> None:
+    """Each is predicted with what was learned before it, and says so."""
+    speeds, true_s = Speeds(), 3 * exposed_s(far_apart())
+    for _ in range(12):
+        networks = speeds.learned().networks
+        made = far_apart(Learned(networks=networks))
+        lesson = outcome(made, {}, wait_s=true_s)
+        assert lesson["network"]["factor"] == networks.get(("loopback", Work.WHOLE), 1.0)
+        assert speeds.apply(lesson)
+    assert speeds.learned().networks[("loopback", Work.WHOLE)] == pytest.approx(3.0, rel=0.1)
+
+
+def test_an_outcome_of_an_older_version_is_read_as_it_was_meant() -> None:
+    """It does not say with which factor it was predicted: the one that is known when it is read stands for it."""
+    made = far_apart()
+    assert made.estimate.basis is not None
+    older = replace(made, estimate=replace(made.estimate, basis=replace(made.estimate.basis, network_factor=None)))
+    lesson = outcome(older, {}, wait_s=2 * exposed_s(made))
+    assert "factor" not in lesson["network"]
+    assert taught(lesson, lesson).learned().networks[("loopback", Work.WHOLE)] == pytest.approx(2.0, rel=0.05)
 
 
 CAP = 0.25  # of a core

@@ -32,7 +32,7 @@ from protos.work import Outcome, Task
 from qtable import snapshot
 from qtable.policy import Ledger
 from qtable.prior import load_prior
-from qtable.state import SHAPE
+from qtable.state import ACTIONS, SHAPE, StateKey
 from qtable.table import QTable
 from strategies.data import open_dataset
 
@@ -89,6 +89,16 @@ def read_table(content: bytes) -> None:
     read_document(json.dumps(fitting).encode())
 
 
+def read_contributions(content: bytes) -> None:
+    """All the damage in what the coordinators have contributed, and a whole table around it."""
+    try:
+        body = {**json.loads(TABLES[0]), "contributions": json.loads(content)}
+        fitting = {**body, "sha256": snapshot.checksum(body)}
+    except ValueError:
+        return
+    read_document(json.dumps(fitting).encode())
+
+
 def read_frames(content: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -115,7 +125,25 @@ OLD_TABLES = [
     for table in (np.zeros(SHAPE), {"q_table": np.ones(SHAPE), "epsilon": 0.1})
     for protocol in range(6)
 ]
-TABLES = [json.dumps(snapshot.document(QTable.fresh(load_prior().q0, 1), Ledger())).encode()]
+
+
+def a_table(origins: int, outcomes: int) -> bytes:
+    """An export of the first of so many coordinators, each with so many outcomes; without any it has no name."""
+    rng = random.Random(origins)
+    made = [QTable.fresh(load_prior().q0, 1, f"there-{number}") for number in range(origins)]
+    for table in made:
+        for _ in range(outcomes):
+            key = StateKey(*(rng.randrange(size) for size in SHAPE[:4]))
+            table.learn(key, rng.choice(ACTIONS), rng.uniform(-2, 2))
+            table.last_seq += rng.randrange(1, 9)
+    ours = made[0] if made else QTable.fresh(load_prior().q0, 1)
+    for table in made[1:]:
+        ours.take(table.origin, table.contributions()[table.origin])
+    return json.dumps(snapshot.document(ours, Ledger(30.0, 0.1))).encode()
+
+
+TABLES = [a_table(0, 0), a_table(1, 1), a_table(2, 5), a_table(5, 40)]
+CONTRIBUTIONS = [json.dumps(json.loads(each)["contributions"]).encode() for each in TABLES]
 TXT = [b"".join(b"%s=%s=" % (k.encode(), v.encode()) for k, v in {"id": "n-1", "name": "x", "cores": "4"}.items())]
 
 PARSERS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
@@ -126,6 +154,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "txt": (read_txt, TXT),
     "old table": (read_old_table, OLD_TABLES),
     "table": (read_table, TABLES),
+    "contributions": (read_contributions, CONTRIBUTIONS),
     "worker frames": (read_frames, [pack(Frame({"kind": "task"}, b"body"))]),
 }
 
