@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator import learning, views
+from coordinator import views
 from coordinator.access import Caller
 from coordinator.answers import answer, fitting, whole_steps
 from coordinator.blobs import BlobStore
@@ -18,7 +18,7 @@ from coordinator.control import events as e
 from coordinator.controller import Controller
 from coordinator.doctor import Doctor
 from coordinator.event_tail import EventTail
-from coordinator.hindsight import hindsight
+from coordinator.hindsight import TOLD, Told, hindsight
 from coordinator.identification import Identifier
 from coordinator.interceptors import caller
 from coordinator.job_folder import JobFolders
@@ -265,8 +265,8 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
         result = json.loads(record.result_json) if record.result_json else {}
         content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
-        told = await self.store.events(0, record.job_id, learning.KINDS_OF_A_JOB)
-        seen = hindsight((event.kind, json.loads(event.payload_json)) for event in told)
+        events = await self.store.events(0, record.job_id, TOLD, _EVENTS_READ)
+        seen = hindsight([Told(event.kind, event.time_s, json.loads(event.payload_json)) for event in events])
         return answer(**content, measured=result.get("measured"), hindsight=seen, job=self._job(record, seq))
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
@@ -353,6 +353,7 @@ def owns(who: Caller, owner: str) -> bool:
 _UNKNOWN = Capacity("", "", "", "", 0.0, 0, 0, 0, 0)
 _MAX_LISTED = 1000
 _MAX_KEY_CHARACTERS = 200
+_EVENTS_READ = 10_000  # to explain a job: far more than one has
 _LAYERS_SHOWN = 2000
 
 

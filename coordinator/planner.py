@@ -49,6 +49,7 @@ class Consideration:
     residuals: dict[str, float]
     arms: dict[str, Arm]  # of each feasible one; the time of the whole job, losses of nodes included
     survival: dict[str, float]
+    deviations: dict[str, float]  # of predictions of each action, by the table
 
     def expected_s(self, strategy: str) -> float:
         """The prediction as the table and the losses to be expected correct it."""
@@ -223,7 +224,7 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
     survival: dict[str, float] = {}
     for action, estimate in placed.items():
         survival[action] = efficiency((views[node] for node in estimate.nodes), estimate.layout, every_s)
-        arms[action] = _arm(inputs, estimate, survival[action], spread[action])
+        arms[action] = arm_of(inputs, estimate, survival[action], spread[action])
     best_s = min((arm.seconds for arm in arms.values()), default=0.0)
     candidates = []
     for name in StrategyName:
@@ -239,7 +240,7 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
             candidate = replace(candidate, survival=survival[name.value])
             candidate = _predicted(inputs, candidate, placed[name.value], arms[name.value], best_s)
         candidates.append(candidate)
-    return Consideration(inputs, key, tuple(candidates), placed, learned, arms, survival)
+    return Consideration(inputs, key, tuple(candidates), placed, learned, arms, survival, spread)
 
 
 def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, arm: Arm, best_s: float) -> Candidate:
@@ -261,7 +262,7 @@ def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, a
     )
 
 
-def _arm(inputs: Inputs, placed: PlacedEstimate, survival: float, deviation: float) -> Arm:
+def arm_of(inputs: Inputs, placed: PlacedEstimate, survival: float, deviation: float) -> Arm:
     """A step that was measured in this very combination needs no correction, and comes again as it was."""
     basis, train = placed.cost.basis, inputs.spec.train
     measured = basis is not None and basis.remembered

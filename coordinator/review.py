@@ -17,6 +17,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from coordinator import planner
+from coordinator.control.shape import Shape
+from coordinator.other_nodes import plan_of_way, strategy_of, way_of, with_other_nodes
 from coordinator.planner import Consideration
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
@@ -30,13 +32,14 @@ from strategies.cost import COST_MODEL_VERSION, assumed_steps
 from strategies.learned import with_running
 from strategies.survival import efficiency
 
+HOPELESS = 2.5  # what waits is only predicted, and may itself turn out half as slow again
 MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Where a job is. `step_s`: a usual step of the group that runs, of which `steps_here` were made; `changes`: how
-    often it took another plan; `unfit`: strategies that could not begin."""
+    often it took another plan; `unfit`: plans that could not begin."""
 
     plan: Plan
     fence: Fence
@@ -44,7 +47,7 @@ class Standing:
     steps_here: int
     step_s: float
     changes: int = 0
-    unfit: frozenset[str] = frozenset()
+    unfit: frozenset[Shape] = frozenset()
 
     @property
     def trying(self) -> bool:
@@ -86,58 +89,60 @@ def review(
     if running.cost_model_version == COST_MODEL_VERSION:
         cluster = replace(cluster, learned=with_running(cluster.learned, running.estimate, standing.step_s))
     inputs = Inputs(spec, profile, data, cluster)
-    considered = planner.consider(planner.without_shape(inputs, running.strategy), table)
-    arms = _arms(considered, standing, left)
+    considered = with_other_nodes(planner.consider(planner.without_shape(inputs, running.strategy), table))
+    now = way_of(considered, running)
+    arms = _arms(considered, standing, now, left)
     switch_s = considered.switch_s + standing.step_s  # and the step that is under way
     if spec.strategy != "auto":
         if (
             spec.strategy != running.strategy
-            and spec.strategy in considered.placed
+            and _can_begin(considered, standing, spec.strategy)
             and left * standing.step_s > switch_s
         ):
             return _changed(considered, spec.strategy, f"{spec.strategy}, as the job file asks, now that it can be")
         return _other_of_the_same(considered, standing, left, switch_s) or stays
-    waiting, steps = _next_trials(considered, standing, arms, left), running.trial_steps
-    if standing.trying and not standing.tried and not _hopeless(standing, arms, waiting):
+    waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
+    if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
         return Verdict(f"{running.strategy} is being tried")
-    if not standing.trying:  # what it turned out to take may make it worth knowing what others do
-        found = choose(
-            arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=running.strategy
-        )
-        waiting, steps = found.trials if found.action != running.strategy else (), found.trial_steps
+    if not waiting and (not standing.trying or standing.tried):  # what is known now may make it worth to try others
+        found = choose(arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=now)
+        waiting, steps = found.trials if found.action != now else (), found.trial_steps
     if waiting and left * standing.step_s > 2 * switch_s:
         message = f"tries {waiting[0]} for {steps} steps"
-        plan = planner.plan_of(considered, waiting[0], message, 1.0, None)
+        plan = plan_of_way(considered, waiting[0], message)
         return Verdict(message, replace(plan, trials=waiting, trial_steps=steps))
     for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
-        if name == running.strategy:
+        if name == now:
             break
         expected_s = _expected_s(arms, considered, name)
-        worth = worth_switching(arms[running.strategy].seconds - expected_s, switch_s)
+        worth = worth_switching(arms[now].seconds - expected_s, switch_s)
         if worth and _clearly(standing, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
-            return _changed(considered, name, f"{name} instead of {running.strategy}: {against}")
+            return _changed(considered, name, f"{name} instead of {now}: {against}")
     return _other_of_the_same(considered, standing, left, switch_s) or stays
 
 
-def _changed(considered: Consideration, strategy: str, message: str) -> Verdict:
-    return Verdict(message, planner.plan_of(considered, strategy, message, 1.0, None))
+def _changed(considered: Consideration, way: str, message: str) -> Verdict:
+    return Verdict(message, plan_of_way(considered, way, message))
 
 
-def _next_trials(considered: Consideration, standing: Standing, arms: Mapping[str, Arm], left: int) -> tuple[str, ...]:
+def _next_trials(
+    considered: Consideration, standing: Standing, arms: Mapping[str, Arm], now: str, left: int
+) -> tuple[str, ...]:
     """Those that wait and could still be the quickest, from the first that can; none where too little is left."""
     if left <= 2 * standing.plan.trial_steps:
         return ()
     for index, action in enumerate(standing.plan.trials[1:], start=1):
-        if action in arms and _may_win(action, arms, considered.residuals, standing.plan.strategy):
-            return standing.plan.trials[index:]
+        if action in arms and _may_win(action, arms, considered.residuals, now):
+            return tuple(name for name in standing.plan.trials[index:] if name in arms)
     return ()
 
 
-def _hopeless(standing: Standing, arms: Mapping[str, Arm], waiting: tuple[str, ...]) -> bool:
-    """A trial is ended early when what comes next is clearly better: it would only cost time to know by how much."""
-    known = [*waiting, *(name for name, arm in arms.items() if arm.measured and name != standing.plan.strategy)]
-    return any(abort(standing.step_s, 2 * arms[name].step_s) for name in known)
+def _hopeless(standing: Standing, arms: Mapping[str, Arm], now: str, waiting: tuple[str, ...]) -> bool:
+    """A trial is ended early when its steps take more than HOPELESS times those of another that waits or was measured:
+    it would only cost time to know by how much."""
+    known = [*waiting, *(name for name, arm in arms.items() if arm.measured and name != now)]
+    return any(standing.step_s > HOPELESS * arms[name].step_s for name in known)
 
 
 def _expected_s(arms: Mapping[str, Arm], considered: Consideration, name: str) -> float:
@@ -151,18 +156,25 @@ def _clearly(standing: Standing, step_s: float, measured: bool) -> bool:
     return abort(standing.step_s, step_s)
 
 
-def _arms(considered: Consideration, standing: Standing, left: int) -> dict[str, Arm]:
+def _arms(considered: Consideration, standing: Standing, now: str, left: int) -> dict[str, Arm]:
     """Of what is left of the job; that of the running strategy as it runs."""
     arms = {
         name: replace(arm, seconds=left * arm.step_s / considered.survival[name], steps=left)
         for name, arm in considered.arms.items()
-        if name not in standing.unfit
+        if _can_begin(considered, standing, name)
     }
     inputs, plan = considered.inputs, standing.plan
     nodes = [node for node in inputs.cluster.nodes if node.node_id in standing.own]
     survival = efficiency(nodes, plan.layout, inputs.spec.checkpoint.every_s)
-    arms[plan.strategy] = Arm(left * standing.step_s / survival, standing.step_s, left, REPEAT_DEVIATION, True)
+    arms[now] = Arm(left * standing.step_s / survival, standing.step_s, left, REPEAT_DEVIATION, True)
     return arms
+
+
+def _can_begin(considered: Consideration, standing: Standing, way: str) -> bool:
+    """Whether there is a plan of it, and not one that this job tried in vain."""
+    placed = considered.placed.get(way)
+    shape = None if placed is None else Shape(strategy_of(way), frozenset(placed.nodes), placed.layout)
+    return shape is not None and shape not in standing.unfit
 
 
 def _may_win(action: str, arms: Mapping[str, Arm], residuals: Mapping[str, float], running: str) -> bool:
@@ -181,7 +193,9 @@ def _other_of_the_same(considered: Consideration, standing: Standing, left: int,
     """
     running = standing.plan
     placed = considered.placed.get(running.strategy)
-    if placed is None or placed.cost.basis is None or running.estimate.basis is None or not running.estimate.step_s > 0:
+    if placed is None or not _can_begin(considered, standing, running.strategy):
+        return None
+    if placed.cost.basis is None or running.estimate.basis is None or not running.estimate.step_s > 0:
         return None
     if placed.cost.basis.combination == running.estimate.basis.combination:
         return None

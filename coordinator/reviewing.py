@@ -1,15 +1,16 @@
 """When running jobs are looked at again, and what follows: the shell around the pure `review`.
 
 A job is looked at once its group has made enough steps to judge, then whenever its nodes, the idle ones, a link or
-what is known of them is different, or its own steps have become longer or shorter by a third. Planning runs in a
-thread. What was decided is posted to the control loop, which takes it only if it still holds there.
+what is known of them is different, or its own steps have become longer or shorter by a third. Its steps are those of
+the last half minute: links of busy nodes are not probed, so they are all that tells of a link that has become slow.
+Planning runs in a thread. What was decided is posted to the control loop, which takes it only if it still holds there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.control import events as e
@@ -29,13 +30,17 @@ from protos.ids import Fence, JobId
 from protos.log import Log
 from protos.plan import ClusterView
 from protos.states import JobState
+from protos.work import Metrics
 from qtable.probing import ABORT_STEPS
+from strategies.usual_step import RUN_S
 
 log = Log("hive.coordinator.reviewing")
 
 LOOK_S = 0.5
 LEAST_RUN_S = 1.0  # of a group: below it a CPU quota is not seen, nor what a step usually takes
 WARM_STEPS = 3  # the first ones of a group load code and allocate
+LATELY_S = 30.0  # of training: what steps take now, not what they took hours ago
+LATELY_RUNS = 5  # at least, of one step or a second: one or two of them may be slow without a change
 AGAIN_S = 10.0  # at the soonest, and twice as long with every group after the first few
 FREE_CHANGES = 4
 LONGEST_S = 600.0
@@ -112,7 +117,7 @@ class Reviewer:
         if steps_here < ABORT_STEPS + WARM_STEPS or now_s - since_s < LEAST_RUN_S or progress.get("stage") == EVALUATE:
             return None
         records = await asyncio.to_thread(self._folders.recent_metrics, job.job_id, job.fence_step + WARM_STEPS)
-        step_s = usual_step_s(records)
+        step_s = usual_step_s(lately(records))
         if step_s is None:
             return None
         made = steps_here - WARM_STEPS
@@ -125,7 +130,9 @@ class Reviewer:
             return  # nothing that could be saved would be worth a change
         nodes = among(self._controller.state, self._controller.state.jobs[job_id])
         view = self._placement.view(nodes)
-        if not nodes or len(view.nodes) < len(nodes) or not self._due(job_id, standing, view):
+        if not nodes or len(view.nodes) < len(nodes):
+            return
+        if not due(self._looks.get(job_id), standing, view, self._clock()):
             return
         await self._learner.catch_up(self._store)  # of trials before this one
         view = self._placement.view(nodes)
@@ -146,21 +153,37 @@ class Reviewer:
         except HiveError as error:
             log.warning("job not revised", job=job_id, reason=error.message)
 
-    def _due(self, job_id: JobId, standing: Standing, view: ClusterView) -> bool:
-        last = self._looks.get(job_id)
-        if last is None:
-            return True
-        new_group = last.standing.fence != standing.fence
-        if standing.trying and (new_group or (standing.tried and not last.standing.tried)):
-            return True
-        changes = min(10, max(0, standing.changes - FREE_CHANGES))
-        if new_group and not changes:
-            return True
-        if self._clock() - last.when_s < min(LONGEST_S, AGAIN_S * 2**changes):
-            return False
-        ratio = standing.step_s / last.standing.step_s
-        slower = not 1 / CHANGED < ratio < CHANGED
-        return new_group or last.refused or slower or not same_for_planning(alike(last.view, view), view)
+
+def due(last: Look | None, standing: Standing, view: ClusterView, now_s: float) -> bool:
+    """Whether there is something to decide that was not there when the job was last looked at."""
+    if last is None:
+        return True
+    new_group = last.standing.fence != standing.fence
+    if standing.trying and (new_group or (standing.tried and not last.standing.tried)):
+        return True
+    changes = min(10, max(0, standing.changes - FREE_CHANGES))
+    if new_group and not changes:
+        return True
+    if now_s - last.when_s < min(LONGEST_S, AGAIN_S * 2**changes):
+        return False
+    ratio = standing.step_s / last.standing.step_s
+    otherwise = not 1 / CHANGED < ratio < CHANGED
+    return new_group or last.refused or otherwise or not same_for_planning(alike(last.view, view), view)
+
+
+def lately(records: Sequence[Metrics]) -> Sequence[Metrics]:
+    """The newest training records: of LATELY_S, and of LATELY_RUNS runs, where there are so many."""
+    total_s, run_s, runs = 0.0, 0.0, 0
+    for at in range(len(records) - 1, 0, -1):
+        before, after = records[at - 1], records[at]
+        if before.stage == after.stage == "train" and after.time > before.time:
+            run_s += after.time - before.time
+            total_s += after.time - before.time
+        if run_s >= RUN_S:
+            run_s, runs = 0.0, runs + 1
+        if total_s >= LATELY_S and runs >= LATELY_RUNS:
+            return records[at - 1 :]
+    return records
 
 
 def alike(before: ClusterView, now: ClusterView) -> ClusterView:

@@ -70,19 +70,20 @@ def choose(
     band: float = BAND,
     epsilon: float = EPSILON,
 ) -> Choice:
-    """`arms`: the feasible actions as predicted; the others are masked by not being there.
+    """`arms`: the feasible actions as predicted; the others are masked by not being there. An action may have more
+    ways, by names that are no actions.
 
     Greedy on U(a) = ln(T_best / T(a)) + residual(a). `switch_s`: what changing a running job from one action to another
     costs. `running`: the action it runs now; then the times are those of what is left of the job, it is left only
     where that saves more than twice the switch, and nothing is drawn. Raises ValueError when nothing is feasible.
     """
-    feasible = [action for action in ACTIONS if action in arms]
+    feasible = [*(name for name in arms if name not in ACTIONS), *(action for action in ACTIONS if action in arms)]
     if not feasible or any(not (0 < arms[action].seconds < math.inf) for action in feasible):
         raise ValueError(f"a choice needs at least one action with a positive, finite prediction: {dict(arms)}")
     best_s = min(arms[action].seconds for action in feasible)
     beliefs = {action: belief(arms[action], residuals.get(action, 0.0)) for action in feasible}
     utility = {action: math.log(best_s / beliefs[action].median_s) for action in feasible}
-    ranked = sorted(feasible, key=lambda action: (-utility[action], -ACTIONS.index(action)))  # a tie: single_node
+    ranked = sorted(feasible, key=lambda action: (-utility[action], -feasible.index(action)))  # a tie: single_node
     greedy, why = ranked[0], _why(ranked[0], arms, beliefs)
     if running in beliefs and greedy != running:
         gain_s = beliefs[running].median_s - beliefs[greedy].median_s

@@ -30,7 +30,28 @@ def plan(
     row = safe(named(row, names or {}))
     chosen = row.get("strategy")
     lines = [f"plan      {row.get('id')}", f"strategy  {chosen}", f"because   {row.get('reason')}", ""]
-    cells = []
+    lines.append(_candidates(row))
+    lines += ["", chance] if (chance := _chance(row)) else []
+    if measured is not None:
+        lines += ["", "measured  " + _measured(measured)]
+        lines += ["", beside] if (beside := comparison(measured.get("nodes") or {})) else []
+    lines += ["", corrections] if (corrections := _corrections(row)) else []
+    lines += ["", _subtasks(row)]
+    for part in (_links(row), _spares(row)):
+        lines += ["", part] if part else []
+    coordination = row.get("coordination_plan") or {}
+    if coordination.get("rendezvous"):  # one rank has no group
+        lines += [
+            "",
+            f"group     {coordination.get('rendezvous')}; deadline {human_seconds(coordination.get('deadline_s'))}, "
+            f"{coordination.get('retries')} retries",
+        ]
+    return "\n".join(lines)
+
+
+def _candidates(row: Mapping[str, Any]) -> str:
+    """What was considered, the chosen one marked."""
+    cells, chosen = [], row.get("strategy")
     for each in row.get("candidates") or ():
         mark = "*" if each.get("strategy") == chosen and each.get("feasible") else ""
         cells.append(
@@ -48,23 +69,7 @@ def plan(
             )
         )
     headers = ["CANDIDATE", "NODES", "TIME", "STEP", "BYTES", "MEMORY", "Q", "LEARNED", "SEEN", "WHY (NOT)"]
-    lines.append(table(headers, cells))
-    lines += ["", chance] if (chance := _chance(row)) else []
-    if measured is not None:
-        lines += ["", "measured  " + _measured(measured)]
-        lines += ["", beside] if (beside := comparison(measured.get("nodes") or {})) else []
-    lines += ["", corrections] if (corrections := _corrections(row)) else []
-    lines += ["", _subtasks(row)]
-    for part in (_links(row), _spares(row)):
-        lines += ["", part] if part else []
-    coordination = row.get("coordination_plan") or {}
-    if coordination.get("rendezvous"):  # one rank has no group
-        lines += [
-            "",
-            f"group     {coordination.get('rendezvous')}; deadline {human_seconds(coordination.get('deadline_s'))}, "
-            f"{coordination.get('retries')} retries",
-        ]
-    return "\n".join(lines)
+    return table(headers, cells)
 
 
 def _give_or_take(candidate: Mapping[str, Any]) -> str | None:
@@ -95,10 +100,17 @@ def _chance(row: Mapping[str, Any]) -> str:
 
 
 def hindsight(seen: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The groups that worked on a job, and what another choice might have saved."""
+    """Every choice of a job that made several, the groups that worked on it, and what another one might have saved."""
     seen = safe(named(seen, names))
-    groups, regret = seen.get("groups") or (), seen.get("regret")
+    decisions, groups, regret = seen.get("decisions") or (), seen.get("groups") or (), seen.get("regret")
     lines = []
+    if len(decisions) > 1 or any(each.get("trials") for each in decisions):
+        left_out = seen.get("decisions_left_out") or 0
+        for at, each in enumerate(decisions, 1):
+            number_of_it = at + (left_out if at > 1 else 0)
+            lines += ["", f"DECISION {number_of_it}: {each.get('strategy')}", f"because   {each.get('reason')}", ""]
+            lines.append(_candidates(each))
+            lines += [chance] if (chance := _chance(each)) else []
     if len(groups) > 1:
         cells = [
             (
@@ -117,7 +129,20 @@ def hindsight(seen: Mapping[str, Any], names: Mapping[str, str]) -> str:
         other, other_s = regret.get("best_other"), human_seconds(regret.get("best_other_s"))
         off, lost = f"{100 * (regret.get('deviation') or 0.0):.0f}%", human_seconds(regret.get("regret_s"))
         lines += ["", f"regret    {lost}: {other} was expected to take {other_s} +-{off}"]
+        lines += [f"          {more}"] if (more := _on_the_way(regret)) else []
     return "\n".join(lines)
+
+
+def _on_the_way(regret: Mapping[str, Any]) -> str:
+    """Of what the job took: what trials and changes of plan cost it."""
+    earlier_s, switching_s = regret.get("earlier_groups_s") or 0.0, regret.get("switching_s") or 0.0
+    said = []
+    if earlier_s:
+        than = "longer" if earlier_s > 0 else "less"
+        said.append(f"steps of earlier groups took {human_seconds(abs(earlier_s))} {than} than the last one's")
+    if switching_s:
+        said.append(f"changes of group took {human_seconds(switching_s)}")
+    return f"counted in: {'; '.join(said)}" if said else ""
 
 
 def _subtasks(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.control import events as e
+from coordinator.control.shape import shape_of
 from coordinator.control.state import AttemptView, Generation, Held, JobView, State, Timing
 from coordinator.control.transitions import end, to
 from protos.errors import Blame
@@ -112,10 +113,10 @@ def _go_back(job: JobView, why: str, now_s: float, timing: Timing) -> tuple[JobV
     """A plan that a healthy group gave way to could not begin: that group forms again, and it is not tried any more."""
     if job.state is JobState.RECOVERING or job.plan is None or job.before is None:
         return job, []
-    stops, failed = _stop_working(job, StopMode.HOLD, why), job.plan.strategy
+    stops, failed = _stop_working(job, StopMode.HOLD, why), job.plan
     back = replace(job.before, trials=())
-    job = to(job, JobState.RECOVERING, Reason.REPLANNED, f"{failed} could not begin ({why}): back as before")
-    job = replace(job, next_plan=back, handed_over=True, before=None, unfit=job.unfit | {failed})
+    job = to(job, JobState.RECOVERING, Reason.REPLANNED, f"{failed.strategy} could not begin ({why}): back as before")
+    job = replace(job, next_plan=back, handed_over=True, before=None, unfit=job.unfit | {shape_of(failed)})
     return replace(job, deadline_s=now_s + timing.hold_s), stops
 
 
@@ -207,7 +208,7 @@ def continue_recovery(state: State, job_id: JobId, now_s: float, timing: Timing)
         return state.with_job(ended), [close, e.Finish(job_id)]
     if job.wanted is StopMode.PAUSE:
         paused = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
-        return state.with_job(replace(paused, wanted=None, next_plan=None, before=None)), [close]
+        return state.with_job(replace(forget_change(paused), wanted=None)), [close]
     if job.state is not JobState.RECOVERING:
         job = to(job, JobState.RECOVERING, Reason.PEER_LOST, job.message)
     if job.retries >= timing.retries:
@@ -232,6 +233,17 @@ def _blame(job: JobView) -> Blame:
     faults = [attempt.outcome.fault for attempt in job.attempts if attempt.outcome and attempt.outcome.fault]
     named = [fault for fault in faults if fault.reason is job.reason]
     return next((fault.blame for fault in [*named, *faults]), Blame.NODE)
+
+
+def forget_change(job: JobView) -> JobView:
+    """The change of plan that was under way is off; what could not begin is not what the job goes on with."""
+    known = job.next_plan if is_unfit(job) and job.next_plan is not None else job.plan
+    return replace(job, plan=known, next_plan=None, before=None)
+
+
+def is_unfit(job: JobView) -> bool:
+    """Whether its plan is one that could not begin: it is about to be given up for the one before."""
+    return job.plan is not None and shape_of(job.plan) in job.unfit
 
 
 def offers_again(job: JobView, ranks: list[int]) -> Effects:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coordinator.control import events as e
-from coordinator.control.group import new_group
+from coordinator.control.group import is_unfit, new_group
+from coordinator.control.shape import shape_of
 from coordinator.control.state import NO_FENCE, JobView, State, Timing
 from coordinator.control.transitions import end
 from protos.errors import Blame
@@ -32,11 +33,11 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
             state = state.with_job(_waits(job, Reason.WAITING_FOR_BUSY_NODES, "all nodes are busy with earlier jobs"))
             continue
         if job.next_plan is not None and _can_be(job, job.next_plan, idle):
-            before = job.plan if job.plan is not None and job.plan.strategy not in job.unfit else None
+            before = None if is_unfit(job) else job.plan
             job, offers = new_group(replace(job, plan=job.next_plan), now_s, timing)
             state, effects = state.with_job(replace(job, before=before)), [*effects, *offers]
             continue
-        known = job.next_plan if job.plan is None or job.plan.strategy in job.unfit else job.plan
+        known = job.next_plan if job.next_plan is not None and is_unfit(job) else job.plan
         previous = known.strategy if known else None
         better = tuple(node_id for node_id in idle if node_id not in job.avoid)
         if not better and any(node_id not in job.avoid for node_id in state.willing()):
@@ -55,9 +56,23 @@ def schedule(state: State, now_s: float, plan_for: e.PlanFor, timing: Timing) ->
             if placed.reason is Reason.WAITING_FOR_BUSY_NODES:
                 break
             continue
+        if known is not None and shape_of(placed) in job.unfit:
+            placed = _as_it_worked(job, known, placed, idle, state.willing(), plan_for)
         job, offers = new_group(replace(job, plan=placed), now_s, timing)
         state, effects = state.with_job(job), [*effects, *offers]
     return state, effects
+
+
+def _as_it_worked(
+    job: JobView, known: Plan, unfit: Plan, idle: tuple[NodeId, ...], willing: tuple[NodeId, ...], plan_for: e.PlanFor
+) -> Plan:
+    """Rather than a plan that could not begin: the one before it, or one over what is left of its nodes."""
+    if shape_of(known) not in job.unfit and _can_be(job, known, idle):
+        return known
+    own = {subtask.node_id for subtask in known.subtasks}
+    left = tuple(node_id for node_id in idle if node_id in own)
+    placed = plan_for(job.job_id, left, willing, _holders(job, left), known.strategy) if left else unfit
+    return unfit if isinstance(placed, e.Unplaced) else placed
 
 
 def _can_be(job: JobView, plan: Plan, idle: tuple[NodeId, ...]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from coordinator.control.shape import Shape
 from protos import limits
 from protos.errors import Blame
 from protos.ids import Fence, JobId, NodeId
@@ -117,7 +118,7 @@ class JobView:
     next_plan: Plan | None = None  # with which the group forms again, when it holds for that
     handed_over: bool = False  # the state was uploaded for it, so no node of it need have one
     before: Plan | None = None  # gave way to `plan`, which has not committed a step yet
-    unfit: frozenset[str] = frozenset()  # strategies that could not begin although they were planned
+    unfit: frozenset[Shape] = frozenset()  # of plans that a working group gave way to and that could not begin
     revisions: int = 0
     attempts: tuple[AttemptView, ...] = ()
     held: tuple[Held, ...] = ()

@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from coordinator.control import events as e
-from coordinator.control.group import continue_recovery, hand_over, lose_attempts, offers_again, take_report
+from coordinator.control.group import (
+    continue_recovery,
+    forget_change,
+    hand_over,
+    lose_attempts,
+    offers_again,
+    take_report,
+)
 from coordinator.control.revision import revised, settled
 from coordinator.control.schedule import schedule
 from coordinator.control.state import JobView, NodeStatus, State, Timing
@@ -273,7 +280,7 @@ def _user_asked(state: State, event: e.UserAsked, now_s: float, timing: Timing) 
                 raise Conflict(f"{job.job_id} is already {job.state.value.lower()}", "hive resume lets it go on")
             if not job.working:
                 job = to(job, JobState.PAUSED, Reason.PAUSED_BY_USER, "paused; hive resume lets it go on")
-                job = replace(job, next_plan=None, before=None)
+                job = forget_change(job)
                 return state.with_job(job), [] if job.identified else [e.StopIdentifying(job.job_id)], "paused"
             job = replace(job, wanted=StopMode.PAUSE, deadline_s=now_s + timing.hand_over_s)
             job = replace(job, reason=Reason.PAUSED_BY_USER, message="pausing on request")

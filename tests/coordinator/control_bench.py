@@ -35,7 +35,7 @@ def plan_on(nodes: Sequence[NodeId]) -> Plan:
 
 @dataclass
 class Bench:
-    """`size` is how many nodes a job needs; `holders` of the last question of the scheduler are kept."""
+    """`size` is how many nodes a job needs; `holders` and `previous` of the scheduler's last question are kept."""
 
     size: int = 2
     sizes: dict[str, int] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class Bench:
     now_s: float = 100.0
     effects: tuple[e.Effect, ...] = ()
     holders: tuple[NodeId, ...] = ()
+    previous: str | None = None
     refuse: e.Unplaced | None = None
     jobs: int = 0
 
@@ -54,7 +55,7 @@ class Bench:
         holders: tuple[NodeId, ...],
         previous: str | None,
     ) -> Plan | e.Unplaced:
-        self.holders = holders
+        self.holders, self.previous = holders, previous
         if self.refuse is not None:
             return self.refuse
         size = self.sizes.get(job_id, self.size)

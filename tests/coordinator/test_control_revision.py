@@ -9,6 +9,7 @@ import pytest
 from control_bench import PEER_LOST, TIMING, USER_CODE, Bench, plan_on, stops
 
 from coordinator.control import events as e
+from coordinator.control.shape import Shape
 from protos.errors import Blame
 from protos.ids import Fence, JobId, NodeId
 from protos.plan import Layout, Plan
@@ -158,10 +159,73 @@ def test_a_plan_that_cannot_begin_gives_way_to_the_one_that_worked(fault: Fault)
     bench.fail(1, held=7)
     job = bench.job()
     assert job.plan == before and job.state is JobState.STARTING and job.fence == 3
-    assert job.unfit == {"pipeline_parallel"} and job.retries == 0
+    assert job.unfit == {Shape("pipeline_parallel", frozenset({NodeId("a"), NodeId("b")}))} and job.retries == 0
     bench.ready()
     bench.fail(0, held=7, fault=USER_CODE)
     assert bench.job().state is JobState.FAILED
+
+
+def back_after_a_newcomer_failed() -> Bench:
+    """a and b train, c joins and ends before a step, a and b train again."""
+    bench = running()
+    bench.connect("c")
+    revise(bench, plan("a", "b", "c"))
+    hold(bench)
+    bench.fail(2)
+    for rank in (0, 1):
+        bench.fail(rank, held=7)
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a", "b"]
+    bench.ready()
+    return bench
+
+
+def test_a_newcomer_that_cannot_begin_says_nothing_of_the_strategy_of_those_that_worked() -> None:
+    """1. c joins a and b under the same strategy and fails. 2. a and b go on as before. 3. b is lost. What follows is
+    asked of the planner as of any interrupted job: the strategy before, with the holder of the newest state."""
+    bench = back_after_a_newcomer_failed()
+    bench.size = 1
+    bench.do(e.NodeControlled(NodeId("b"), "remove"))
+    bench.fail(0, held=9)
+    bench.wait(3, heard=("a", "c"))
+    assert (bench.previous, bench.holders) == ("data_parallel", ("a",))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a"]
+
+
+def test_a_group_that_forms_again_does_not_take_the_plan_that_could_not_begin() -> None:
+    bench = back_after_a_newcomer_failed()
+    bench.size = 3  # the planner would have c again
+    bench.progress(9)
+    for rank in (0, 1):
+        bench.fail(rank, held=9)
+    bench.wait(3, heard=("a", "b", "c"))
+    assert bench.job().state is JobState.STARTING
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a", "b"]
+
+
+def test_over_what_is_left_of_the_nodes_that_worked_is_planned_without_the_newcomer() -> None:
+    bench = back_after_a_newcomer_failed()
+    unfit = plan("a", "b", "c")
+    bench.plan_of = lambda nodes, idle: plan("a") if idle == ("a",) else unfit  # type: ignore[method-assign]
+    bench.size = 1
+    bench.do(e.NodeControlled(NodeId("b"), "cordon"))
+    for rank in (0, 1):
+        bench.fail(rank, held=9)
+    bench.wait(3, heard=("a", "b", "c"))
+    assert [attempt.node_id for attempt in bench.job().attempts] == ["a"]
+
+
+def test_a_pause_while_it_goes_back_leaves_the_plan_that_worked() -> None:
+    bench = running()
+    before = bench.job().plan
+    bench.connect("c")
+    revise(bench, plan("a", "b", "c"))
+    hold(bench)
+    bench.fail(2)
+    bench.do(e.UserAsked(JobId("j-1"), "pause"))
+    for rank in (0, 1):
+        bench.fail(rank, held=7)
+    job = bench.job()
+    assert (job.state, job.plan, job.next_plan) == (JobState.PAUSED, before, None)
 
 
 def test_a_plan_that_committed_a_step_is_not_given_up_for_a_fault() -> None:

@@ -20,7 +20,7 @@ from protos.artifact import FileEntry, Manifest, digest_bytes
 from protos.capacity import Capacity
 from protos.errors import Blame, ErrorCode, SpecError, Unreachable
 from protos.gen import work_pb2
-from protos.ids import JobId, NodeId
+from protos.ids import Digest, JobId, NodeId
 from protos.plan import Identification
 from protos.states import AttemptState, Reason
 from protos.work import Fault, Outcome, Task
@@ -184,6 +184,38 @@ def test_a_model_file_that_cannot_be_trained_is_refused_at_the_door(tmp_path: Pa
         with pytest.raises(SpecError):
             await house.identifier.check_file(submission)
         await house.identifier.check_file(SUBMISSION)
+
+    run(tmp_path, body)
+
+
+@pytest.mark.parametrize("is_directory", [False, True])
+def test_only_so_many_files_are_read_at_once(tmp_path: Path, is_directory: bool) -> None:
+    weights = safetensors.torch.save({"weight": torch.zeros(2)})
+    entry = FileEntry("w.safetensors", digest_bytes(weights), len(weights))
+    (tmp_path / entry.digest).write_bytes(weights)
+    submission = Submission(
+        job(model={"source": "model.py:build", "weights": "w.safetensors"}), None, None, None, Manifest((entry,))
+    )
+    if is_directory:
+        files = directory(tmp_path, {"model_type": "bert"})
+        submission = Submission(job(model={"source": "bert"}), None, None, None, files)
+    began, ended, most = 0, 0, 0
+
+    def blob(digest: Digest) -> Path:
+        nonlocal began, most
+        began += 1
+        most = max(most, began - ended)
+        return tmp_path / digest
+
+    async def check(identifier: Identifier) -> None:
+        nonlocal ended
+        await identifier.check_file(submission)
+        ended += 1
+
+    async def body(house: House) -> None:
+        identifier = Identifier(house.sessions, blob, readers_at_once=2)
+        await asyncio.gather(*(check(identifier) for _ in range(5)))
+        assert (ended, most) == (5, 2)
 
     run(tmp_path, body)
 

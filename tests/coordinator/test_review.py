@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from test_planner import DATA, job, model, node
 
+from coordinator.control.shape import shape_of
 from coordinator.planner import plan
-from coordinator.review import MOST_CHANGES, Standing, Verdict, review
+from coordinator.review import HOPELESS, MOST_CHANGES, Standing, Verdict, review
 from protos.ids import Fence
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
@@ -137,8 +138,35 @@ def test_close_strategies_of_a_long_job_are_tried_one_after_the_other_and_the_qu
     known = taught(made, 1.3)
     good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.5, step=120, fence=2, learned=known)
     assert (good.plan, good.over) == (None, True), "the quickest is the one that runs"
-    back = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=3.0, step=120, fence=2, learned=known)
+    known = taught(made, 0.9)
+    slow = {"slower": 1.2, "step": 120, "fence": 2, "learned": known}
+    (other,) = {each.node_id for each in PAIR} - set(shape_of(tried).nodes)
+    third = reviewed(spec, tried, *PAIR, profile=CLOSE, **slow)
+    assert third.plan is not None and shape_of(third.plan).nodes == {other}, (
+        "it may be quicker than the one that was not"
+    )
+    assert third.message.startswith("tries single_node for ")
+    alone = frozenset({replace(shape_of(tried), nodes=frozenset({other}))})
+    back = reviewed(spec, tried, *PAIR, profile=CLOSE, **slow, unfit=alone)
     assert back.plan is not None and (back.plan.strategy, back.plan.trials) == (first, ())
+
+
+def test_a_long_job_on_one_node_is_tried_on_another_that_may_be_quicker_and_the_quicker_keeps_it() -> None:
+    alike = (node("a"), node("b"), node("snail", 0.05))
+    spec, made = started(*alike, profile=CLOSE, train={"batch_size": 64, "steps": 200_000}, nodes={"max": 1}, **PLAIN)
+    assert made.strategy == "single_node"
+    first = {part.node_id for part in made.subtasks}
+    (name,) = {"a", "b"} - first
+    verdict = reviewed(spec, made, *alike, profile=CLOSE, slower=1.0)
+    assert verdict.message.startswith(f"tries single_node on {name} for ")
+    tried = verdict.plan
+    assert tried is not None and {part.node_id for part in tried.subtasks} == {name}
+    assert tried.trials == (f"single_node on {name}",), "the snail has no chance"
+    known = taught(made, 1.0)
+    stays = reviewed(spec, tried, *alike, profile=CLOSE, slower=0.8, step=120, fence=2, learned=known)
+    assert (stays.plan, stays.over) == (None, True)
+    back = reviewed(spec, tried, *alike, profile=CLOSE, slower=1.2, step=120, fence=2, learned=known)
+    assert back.plan is not None and {part.node_id for part in back.plan.subtasks} == first and not back.plan.trials
 
 
 def test_a_trial_that_can_no_longer_win_is_left_out() -> None:
@@ -162,9 +190,43 @@ def test_a_trial_runs_its_steps_unless_it_is_hopeless_and_none_begins_just_befor
     assert reviewed(spec, made, *PAIR, profile=CLOSE, slower=1.1, step=made.steps - 60).plan is None
 
 
+@pytest.mark.parametrize(("times", "ended"), [(HOPELESS - 0.2, False), (HOPELESS + 0.2, True)])
+def test_a_trial_is_ended_early_where_it_is_far_slower_than_another(times: float, ended: bool) -> None:
+    spec, made = long_job()
+    assert made.strategy == "data_parallel", "one that runs alone would tell of the other, too"
+    next_s = next(each.step_s for each in made.candidates if each.strategy == made.trials[1])
+    assert next_s is not None
+    verdict = reviewed(spec, made, *PAIR, profile=CLOSE, slower=times * next_s / made.estimate.step_s, step=20)
+    assert (verdict.plan is not None) is ended
+
+
 def test_a_strategy_that_could_not_begin_is_not_proposed_again() -> None:
     spec, made = started(*PAIR, profile=CLEAR)
-    assert reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0, unfit=frozenset({"single_node"})).plan is None
+    proposed = reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0).plan
+    assert proposed is not None and proposed.strategy == "single_node"
+    unfit = frozenset(replace(shape_of(proposed), nodes=frozenset({each.node_id})) for each in PAIR)
+    assert reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0, unfit=unfit).plan is None
+
+
+@pytest.mark.parametrize("asked", ["auto", "data_parallel"])
+def test_a_group_that_could_not_begin_with_a_newcomer_is_not_proposed_again(asked: str) -> None:
+    spec, made = started(*PAIR, profile=CLEAR, strategy=asked)
+    three = (*PAIR, node("c"))
+    proposed = reviewed(spec, made, *three, profile=CLEAR, slower=1.0).plan
+    assert proposed is not None
+    unfit = frozenset({shape_of(proposed)})
+    assert reviewed(spec, made, *three, profile=CLEAR, slower=1.0, unfit=unfit).plan is None
+    fourth = reviewed(spec, made, *three, node("d"), profile=CLEAR, slower=1.0, unfit=unfit).plan
+    assert fourth is not None, "over other nodes it is another plan"
+
+
+def test_the_strategy_that_the_file_names_is_not_gone_back_to_over_nodes_with_which_it_could_not_begin() -> None:
+    spec = job(strategy="data_parallel")
+    alone = replace(started(PAIR[0], profile=CLEAR)[1], trials=())
+    proposed = reviewed(spec, alone, *PAIR, profile=CLEAR, slower=0.1, fence=2).plan
+    assert proposed is not None
+    unfit = frozenset({shape_of(proposed)})
+    assert reviewed(spec, alone, *PAIR, profile=CLEAR, slower=0.1, fence=2, unfit=unfit).plan is None
 
 
 def test_short_jobs_and_clear_cases_have_no_trials() -> None:

@@ -87,6 +87,11 @@ def test_a_job_that_is_far_slower_than_predicted_changes_its_strategy_and_loses_
     assert said[1]["counted"] and said[1]["measured_step_s"] > 0.15 > said[1]["predicted_step_s"]
     metrics = made.metrics(first)
     assert [line["step"] for line in metrics] == list(range(1, 401)), "no step was made twice or left out"
+    seen = made.ask("explain", first)["hindsight"]
+    assert [each["strategy"] for each in seen["decisions"]] == ["data_parallel", "single_node"]
+    assert all(len(each["candidates"]) == 5 and each["reason"] for each in seen["decisions"])
+    assert seen["regret"]["switching_s"] > 0 and seen["regret"]["earlier_groups_s"] > 0
+    assert "DECISION 2: single_node" in made.hive("explain", first).stdout
     again = made.submit(WIDE, *sets)
     assert made.wait(again)["strategy"] == "single_node"
     assert made.show(again)["fence"] == 1, "it knew"

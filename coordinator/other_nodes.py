@@ -1,0 +1,66 @@
+"""A job on one node, on each of the nodes that could have it: pure.
+
+Nodes of one kind often differ by more than their calibrations say, and which of them suits a model shows only when it
+runs there. So a running job weighs single_node on every node, each as a way of its own that can be tried like a
+strategy. Their names are for people; `strategy_of` says which strategy one is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from coordinator.planner import Consideration, arm_of, plan_of, without
+from protos.jobspec import StrategyName
+from protos.plan import NodeView, Plan
+from strategies.base import PlacedEstimate
+from strategies.registry import BUILT
+from strategies.survival import efficiency
+
+SINGLE = StrategyName.SINGLE_NODE.value
+_ON = " on "
+
+
+def strategy_of(way: str) -> str:
+    return way.split(_ON)[0]
+
+
+def with_other_nodes(considered: Consideration) -> Consideration:
+    """The same, and single_node on every node that it did not choose."""
+    if SINGLE not in considered.placed:
+        return considered
+    inputs, chosen = considered.inputs, considered.placed[SINGLE].nodes
+    placed, arms = dict(considered.placed), dict(considered.arms)
+    survival, residuals = dict(considered.survival), dict(considered.residuals)
+    for node in inputs.eligible:
+        way = None if node.node_id in chosen else _alone(considered, node)
+        if way is None:
+            continue
+        name = f"{SINGLE}{_ON}{node.name}"
+        survival[name] = efficiency([node], way.layout, inputs.spec.checkpoint.every_s)
+        placed[name], residuals[name] = way, residuals[SINGLE]
+        arms[name] = arm_of(inputs, way, survival[name], considered.deviations[SINGLE])
+    return replace(considered, placed=placed, arms=arms, survival=survival, residuals=residuals)
+
+
+def way_of(considered: Consideration, plan: Plan) -> str:
+    """By which of the ways of `with_other_nodes` a plan runs."""
+    nodes = {subtask.node_id for subtask in plan.subtasks}
+    if plan.strategy == SINGLE:
+        for name, placed in considered.placed.items():
+            if strategy_of(name) == SINGLE and set(placed.nodes) == nodes:
+                return name
+    return plan.strategy
+
+
+def plan_of_way(considered: Consideration, way: str, why: str) -> Plan:
+    """To change a running job to."""
+    strategy = strategy_of(way)
+    taken = replace(considered, placed={**considered.placed, strategy: considered.placed[way]})
+    return plan_of(taken, strategy, why, 1.0, None)
+
+
+def _alone(considered: Consideration, node: NodeView) -> PlacedEstimate | None:
+    inputs, single = considered.inputs, BUILT[StrategyName.SINGLE_NODE]
+    others = tuple(each.node_id for each in inputs.cluster.nodes if each.node_id != node.node_id)
+    alone = replace(inputs, cluster=without(inputs.cluster, others))
+    return None if single.feasible(alone) else single.estimate(alone)
