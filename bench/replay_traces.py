@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from strategies.cost import all_reduce_s, mix
+from strategies.cost import mix, ring_s
 
 FITTED_REPLICAS = 4
 RTT_S, LOCAL_RTT_S = 1e-4, 1e-5  # of a data centre's network, of a machine
@@ -52,7 +52,7 @@ class Fit:
             if row.nodes > 1
             else (self.local_group_s, self.local_wire_s, LOCAL_RTT_S)
         )
-        network_s = group_s + all_reduce_s(row.replicas, wire_s, rtt_s, 1.0)
+        network_s = group_s + ring_s(row.replicas, wire_s, rtt_s, 1.0)
         return mix(compute_s, network_s, min(10.0, max(1.0, self.overlap)))
 
 

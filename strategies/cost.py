@@ -190,12 +190,16 @@ def mix(compute_s: float, network_s: float, overlap: float = OVERLAP) -> float:
 
 
 def all_reduce_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float) -> float:
-    """Ring: AR(n, V) = 2 (n - 1) alpha + 2 (n - 1) / n * V / beta, alpha = RTT / 2 (Patarasuk and Yuan, 2009). What is
-    gathered goes around once: (n - 1) (alpha + V / beta)."""
+    """Around a ring; what is gathered goes around once: (n - 1) (alpha + V / beta), alpha = RTT / 2."""
+    if ranks > 1 and gathered(ranks, volume_bytes):
+        return (ranks - 1) * (rtt_s / 2 + volume_bytes / bytes_per_s)
+    return ring_s(ranks, volume_bytes, rtt_s, bytes_per_s)
+
+
+def ring_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float) -> float:
+    """AR(n, V) = 2 (n - 1) alpha + 2 (n - 1) / n * V / beta, alpha = RTT / 2 (Patarasuk and Yuan, 2009)."""
     if ranks < 2:
         return 0.0
-    if gathered(ranks, volume_bytes):
-        return (ranks - 1) * (rtt_s / 2 + volume_bytes / bytes_per_s)
     return 2 * (ranks - 1) * rtt_s / 2 + 2 * (ranks - 1) / ranks * volume_bytes / bytes_per_s
 
 
