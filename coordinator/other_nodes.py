@@ -52,6 +52,14 @@ def way_of(considered: Consideration, plan: Plan) -> str:
     return plan.strategy
 
 
+def said(considered: Consideration, way: str) -> str:
+    """Of a job on one node always with the node's name."""
+    if way != SINGLE or way not in considered.placed:
+        return way
+    (node_id,) = considered.placed[way].nodes
+    return f"{SINGLE}{_ON}{next(node.name for node in considered.inputs.cluster.nodes if node.node_id == node_id)}"
+
+
 def plan_of_way(considered: Consideration, way: str, why: str) -> Plan:
     """To change a running job to."""
     strategy = strategy_of(way)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from coordinator import planner
 from coordinator.control.shape import Shape
-from coordinator.other_nodes import plan_of_way, strategy_of, way_of, with_other_nodes
+from coordinator.other_nodes import plan_of_way, said, strategy_of, way_of, with_other_nodes
 from coordinator.planner import Consideration
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
@@ -108,7 +108,7 @@ def review(
         found = choose(arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=now)
         waiting, steps = found.trials if found.action != now else (), found.trial_steps
     if waiting and left * standing.step_s > 2 * switch_s:
-        message = f"tries {waiting[0]} for {steps} steps"
+        message = f"tries {said(considered, waiting[0])} for {steps} steps"
         plan = plan_of_way(considered, waiting[0], message)
         return Verdict(message, replace(plan, trials=waiting, trial_steps=steps))
     for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
@@ -118,7 +118,7 @@ def review(
         worth = worth_switching(arms[now].seconds - expected_s, switch_s)
         if worth and _clearly(standing, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
-            return _changed(considered, name, f"{name} instead of {now}: {against}")
+            return _changed(considered, name, f"{said(considered, name)} instead of {said(considered, now)}: {against}")
     return _other_of_the_same(considered, standing, left, switch_s) or stays
 
 

@@ -276,7 +276,7 @@ class Plan:
     links: tuple[LinkUse, ...] = ()
     spares: tuple[SparePlan, ...] = ()  # of a plan over several nodes, where a person reads it
     cost_model_version: int = 0  # of the formulas that predicted it
-    trials: tuple[str, ...] = ()  # strategies to run for `trial_steps` each, this one first, before one stays
+    trials: tuple[str, ...] = ()  # strategies (or `single_node on NODE`) to run for `trial_steps` each
     trial_steps: int = 0
     expected_loss_s: float = 0.0  # of taking this strategy, for what is not known of the predictions
     explored_loss_s: float = 0.0  # predicted, of a strategy that was taken to learn about it

@@ -174,8 +174,9 @@ def write(root: Path, state: TrainingState, digest: str, keep: int) -> Path:
         sync_folder(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    kept = sorted({name.step for name, _ in _folders(root)}, reverse=True)[:keep]
-    for name, old in _folders(root):
+    found = list(_folders(root))  # once: what another rank puts there meanwhile is not judged by the steps before it
+    kept = sorted({name.step for name, _ in found}, reverse=True)[:keep]
+    for name, old in found:
         if name.step not in kept:
             shutil.rmtree(old, ignore_errors=True)
     return final

@@ -151,6 +151,15 @@ def worst_link(cluster: ClusterView, nodes: Sequence[NodeView]) -> Link:
     return Link(max((link.rtt_s for link in links), default=0.0), min((x.bytes_per_s for x in links), default=math.inf))
 
 
+def collected_s(cluster: ClusterView, nodes: Sequence[NodeView], size_bytes: float) -> float:
+    """At the end of the job the first of `nodes` gets what the others have of the model, and delivers it whole."""
+    first, *others = nodes
+    links = [link_between(cluster, first, other) for other in others if other.node_id != first.node_id]
+    if not links:
+        return 0.0
+    return max(link.rtt_s for link in links) + size_bytes / min(link.bytes_per_s for link in links)
+
+
 def ranks_of(node: NodeView) -> int:
     """One per granted GPU; a node without one is one rank."""
     return max(1, len(node.capacity.gpus))

@@ -20,6 +20,7 @@ from strategies.links import (
     Link,
     Traffic,
     add_traffic,
+    collected_s,
     download_s,
     link_between,
     link_uses,
@@ -92,13 +93,15 @@ def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> Pla
     ranks = [unit for chain in chains for unit in chain]
     startup_s = cost.startup_s(profile, [unit.node.capacity for unit in ranks], traced=True)
     wait_s = max(download_s(data.bytes, unit.node) for unit in ranks)
+    elsewhere = sum(float(segments.parameters[piece]) for piece in shape.pieces[1:])
+    delivery_s = collected_s(inputs.cluster, [unit.node for unit in chains[0]], 4.0 * elsewhere)
     batches = (data.test_rows or 0) / train.batch_size
     evaluation_s = (
         cost.evaluations(profile, train, data) * batches * longest.seconds * cost.EVALUATION_FACTOR
     ) / cost.TRAINING_FACTOR
     crossing, crossing_traffic = _crossing(inputs, segments, shape, chains, samples)
     estimate = CostEstimate(
-        seconds=startup_s + wait_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s,
+        seconds=startup_s + wait_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s + delivery_s,
         step_s=step_s,
         bytes_per_step=crossing + sync_bytes + tied_bytes,
         memory_bytes=_memory(inputs, segments, shape, chains, samples),
@@ -110,6 +113,7 @@ def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> Pla
             "startup": startup_s,
             "transfer": wait_s,
             "evaluation": evaluation_s,
+            "delivery": delivery_s,
         },
         ranks=tuple(
             _rank(inputs, segments, shape, stage, unit, count)

@@ -10,7 +10,7 @@ from protos.ids import NodeId
 from protos.plan import CostEstimate, Layout, NodeView, Placement, RankCost
 from strategies import cost
 from strategies.base import Inputs, PlacedEstimate
-from strategies.links import download_s, link_uses, ring_traffic
+from strategies.links import collected_s, download_s, link_uses, ring_traffic
 from strategies.memory import budget_bytes
 
 
@@ -56,12 +56,14 @@ def placed(
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
     startup_s = cost.startup_s(profile, [node.capacity for node in ranks.nodes])
     transfer_s = max(download_s(data.bytes, node) for node in ranks.nodes)
+    elsewhere = 4.0 * profile.parameters * (ranks.count - 1) / ranks.count
+    delivery_s = collected_s(inputs.cluster, ranks.nodes, elsewhere)
     batches = (data.test_rows or 0) / train.batch_size
     forward_s = step.passed_s * cost.EVALUATION_FACTOR / cost.TRAINING_FACTOR
     evaluation_s = cost.evaluations(profile, train, data) * batches * forward_s
     step_s = step.passed_s + step.optimizer_s
     estimate = CostEstimate(
-        seconds=startup_s + transfer_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s,
+        seconds=startup_s + transfer_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s + delivery_s,
         step_s=step_s,
         bytes_per_step=ranks.count * step.sent_bytes,
         memory_bytes=dict(memory),
@@ -72,6 +74,7 @@ def placed(
             "startup": startup_s,
             "transfer": transfer_s,
             "evaluation": evaluation_s,
+            "delivery": delivery_s,
         },
         ranks=tuple(costs),
     )

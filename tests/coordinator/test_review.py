@@ -145,7 +145,7 @@ def test_close_strategies_of_a_long_job_are_tried_one_after_the_other_and_the_qu
     assert third.plan is not None and shape_of(third.plan).nodes == {other}, (
         "it may be quicker than the one that was not"
     )
-    assert third.message.startswith("tries single_node for ")
+    assert third.message.startswith(f"tries single_node on {other} for ")
     alone = frozenset({replace(shape_of(tried), nodes=frozenset({other}))})
     back = reviewed(spec, tried, *PAIR, profile=CLOSE, **slow, unfit=alone)
     assert back.plan is not None and (back.plan.strategy, back.plan.trials) == (first, ())
