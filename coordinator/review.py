@@ -89,10 +89,11 @@ def review(
     if running.cost_model_version == COST_MODEL_VERSION:
         cluster = replace(cluster, learned=with_running(cluster.learned, running.estimate, standing.step_s))
     inputs = Inputs(spec, profile, data, cluster)
-    considered = with_other_nodes(planner.consider(planner.without_shape(inputs, running.strategy), table))
+    weighed = planner.consider(planner.without_shape(inputs, running.strategy), table)
+    switch_s = weighed.switch_s + standing.step_s  # and the step that is under way
+    considered = with_other_nodes(weighed)
     now = way_of(considered, running)
     arms = _arms(considered, standing, now, left)
-    switch_s = considered.switch_s + standing.step_s  # and the step that is under way
     if spec.strategy != "auto":
         if (
             spec.strategy != running.strategy

@@ -200,6 +200,17 @@ def test_a_trial_is_ended_early_where_it_is_far_slower_than_another(times: float
     assert (verdict.plan is not None) is ended
 
 
+def test_a_node_far_away_that_no_plan_takes_holds_up_no_change() -> None:
+    """The state of the model would take hours to it."""
+    spec, made = long_job()
+    made = replace(made, trials=(), trial_steps=0)
+    far = node("far", 0.01)
+    far = replace(far, capacity=replace(far.capacity, bandwidth_bytes_per_s=1e3))
+    near = reviewed(spec, made, *PAIR, profile=CLOSE, slower=4.0)
+    assert near.plan is not None
+    assert reviewed(spec, made, *PAIR, far, profile=CLOSE, slower=4.0).message == near.message
+
+
 def test_a_strategy_that_could_not_begin_is_not_proposed_again() -> None:
     spec, made = started(*PAIR, profile=CLEAR)
     proposed = reviewed(spec, made, *PAIR, profile=CLEAR, slower=4.0).plan
