@@ -143,8 +143,16 @@ class TargetCoding:
         values = self._parse(raw, rows) if raw.dtype.kind in "OUT" else raw
         if self.labels:
             return values.astype(np.int64, copy=False)
-        values = values.astype(np.float32, copy=False)
-        return values[:, None] if values.ndim == 1 else values
+        with np.errstate(over="ignore"):
+            narrow = values.astype(np.float32, copy=False)
+        if values.dtype == np.float64 and (lost := np.isinf(narrow) & np.isfinite(values)).any():
+            at = np.argwhere(lost)[0]
+            raise unusable(
+                f"{self.where}: row {int(rows[at[0]]) + 1}: {self.name!r} is {values[tuple(at)]:g}, over the "
+                f"{np.finfo(np.float32).max:.2g} that 32 bits hold",
+                "scale the target, or correct the value",
+            )
+        return narrow[:, None] if narrow.ndim == 1 else narrow
 
     def _parse(self, raw: Array, rows: Indices) -> Array:
         decoded: list[float] = []

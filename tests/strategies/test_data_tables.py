@@ -216,6 +216,13 @@ def test_float_targets_have_a_column_of_their_own(tmp_path: Path) -> None:
     assert dataset.classes is None
 
 
+def test_a_target_over_what_32_bits_hold_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "x,price\n1,2.5\n2,1e99\n")
+    with pytest.raises(SpecError, match=r"row 2: 'price' is 1e\+99, over the 3.4e\+38") as error:
+        everything(opened(path, target="price"))
+    assert error.value.code is ErrorCode.DATA_UNUSABLE
+
+
 @pytest.mark.parametrize(
     ("loss", "dtype", "shape"), [("cross_entropy", "int64", (2,)), ("", "int64", (2,)), ("mse", "float32", (2, 1))]
 )
