@@ -34,6 +34,7 @@ from strategies.survival import efficiency
 
 HOPELESS = 2.5  # what waits is only predicted, and may itself turn out half as slow again
 MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
+MOST_TRYING = 6  # changes, after which no new trials begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def review(
     waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
     if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
         return Verdict(f"{running.strategy} is being tried")
-    if not waiting and (not standing.trying or standing.tried):  # what is known now may make it worth to try others
+    looking = not waiting and standing.changes < MOST_TRYING
+    if looking and (not standing.trying or standing.tried):  # what is known now may make it worth to try others
         found = choose(arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=now)
         waiting, steps = found.trials if found.action != now else (), found.trial_steps
     if waiting and left * standing.step_s > 2 * switch_s:
@@ -203,9 +205,12 @@ def _other_of_the_same(considered: Consideration, standing: Standing, left: int,
     expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
     step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
     comparable = running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered
-    if standing.own <= set(placed.nodes) and comparable:
-        step_s *= max(1.0, standing.step_s / running.estimate.step_s)
-    clearly = step_s * (1 + BAND) < standing.step_s
+    if standing.own <= set(placed.nodes):
+        if comparable:
+            step_s *= max(1.0, standing.step_s / running.estimate.step_s)
+        clearly = step_s * (1 + BAND) < standing.step_s
+    else:
+        clearly = _clearly(standing, step_s, placed.cost.basis.remembered)
     if not clearly or not worth_switching(left * (standing.step_s - step_s), switch_s):
         return None
     names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean, variance
 from typing import TYPE_CHECKING
 
 from protos.capacity import Capacity, FamilyRate, LinkEstimate
@@ -40,7 +42,8 @@ def corrected(inputs: Inputs, strategy: StrategyName) -> Inputs:
     learned, work = inputs.cluster.learned, WORK_OF[strategy]
     if learned == Learned():
         return inputs
-    nodes = tuple(_corrected(node, factors_of(inputs, node, work)) for node in inputs.cluster.nodes)
+    known = factors(inputs, work)
+    nodes = tuple(_corrected(node, known[node.node_id]) for node in inputs.cluster.nodes)
     links = {**inputs.cluster.links, **_links(inputs.cluster, work)}
     return replace(inputs, cluster=replace(inputs.cluster, nodes=nodes, links=links))
 
@@ -48,14 +51,14 @@ def corrected(inputs: Inputs, strategy: StrategyName) -> Inputs:
 def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -> PlacedEstimate:
     """The estimate with its keys, and with the measured step where there is one. `inputs` are the uncorrected ones."""
     estimate, work = placed.cost, WORK_OF[strategy]
-    nodes = {node.node_id: node for node in inputs.cluster.nodes}
+    nodes, known = {node.node_id: node for node in inputs.cluster.nodes}, factors(inputs, work)
     here = Counter(rank.node_id for rank in estimate.ranks)
     ranks = tuple(
         replace(
             rank,
             cores=nodes[rank.node_id].capacity.cores / here[rank.node_id],
             family=family_of(inputs.profile, nodes[rank.node_id].capacity),
-            learned=factors_of(inputs, nodes[rank.node_id], work),
+            learned=known[rank.node_id],
         )
         for rank in estimate.ranks
     )
@@ -89,17 +92,52 @@ def with_running(learned: Learned, estimate: CostEstimate, step_s: float) -> Lea
     return replace(learned, steps=steps, models=models)
 
 
-def factors_of(inputs: Inputs, node: NodeView, work: Work) -> Factors:
-    """What is known of this model on this node, else of its family of layers; else of the family at other kinds of
-    work, so that a way that was never tried looks no better only because the node is slower than when it joined."""
-    learned = inputs.cluster.learned
-    own = learned.models.get((node.node_id, model_key(inputs.profile, inputs.spec.train), work))
-    if own is not None:
-        return Factors(own, own)
-    family = family_of(inputs.profile, node.capacity)
-    known = {kind: found for kind in Work if (found := learned.speeds.get((node.node_id, family, kind))) is not None}
+def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
+    """What is known of this model on each node. Where it never ran: what is known of its family of layers there, times
+    what the model was slower than its family elsewhere. Where no such layers ever ran: what other nodes were off by.
+
+    """
+    learned, model = inputs.cluster.learned, model_key(inputs.profile, inputs.spec.train)
+    own = {node: factor for (node, of, kind), factor in learned.models.items() if (of, kind) == (model, work)}
+    families = {node.node_id: family_of(inputs.profile, node.capacity) for node in inputs.cluster.nodes}
+    elsewhere = {family: _elsewhere(learned, family, work, own) for family in set(families.values())}
+    found = {}
+    for node_id, family in families.items():
+        usual, shared = elsewhere[family]
+        known = _of_family(learned, node_id, family, work) or usual
+        found[node_id] = Factors(known.work * shared, known.overhead * shared)
+    return found | {node_id: Factors(factor, factor) for node_id, factor in own.items() if node_id in found}
+
+
+def _elsewhere(learned: Learned, family: str, work: Work, own: Mapping[NodeId, float]) -> tuple[Factors, float]:
+    """What to expect of a family of layers where it never ran, and of a model, `own`, beyond its family."""
+    nodes = {node for node, of, _ in learned.speeds if of == family}
+    known = {node: found for node in nodes if (found := _of_family(learned, node, family, work)) is not None}
+    usual = Factors(_next(each.work for each in known.values()), _next(each.overhead for each in known.values()))
+    return usual, _next(factor / _both(known.get(node, Factors())) for node, factor in own.items())
+
+
+def _next(seen: Iterable[float]) -> float:
+    """The factor to expect of one more node. That one was off is its own doing; that several were, and by about as
+    much, is the model's: the mean logarithm, drawn to 0 the more the nodes differ (positive-part James-Stein)."""
+    logarithms = [math.log(factor) for factor in seen]
+    if len(logarithms) < 2 or not (mean := fmean(logarithms)):
+        return 1.0
+    kept = max(0.0, 1.0 - variance(logarithms) / len(logarithms) / mean**2)
+    return math.exp(kept * mean)
+
+
+def _both(known: Factors) -> float:
+    """One factor for both parts: one that was never learned is 1 and says nothing."""
+    return geometric_mean([part for part in (known.work, known.overhead) if part != 1.0] or [1.0])
+
+
+def _of_family(learned: Learned, node_id: NodeId, family: str, work: Work) -> Factors | None:
+    """Else of the family at other kinds of work, so that a way that was never tried looks no better only because the
+    node is slower than when it joined."""
+    known = {kind: found for kind in Work if (found := learned.speeds.get((node_id, family, kind))) is not None}
     if work in known or not known:
-        return known.get(work, Factors())
+        return known.get(work)
     return Factors(
         geometric_mean(each.work for each in known.values()), geometric_mean(each.overhead for each in known.values())
     )

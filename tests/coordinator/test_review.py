@@ -11,7 +11,7 @@ from test_planner import DATA, job, model, node
 
 from coordinator.control.shape import shape_of
 from coordinator.planner import plan
-from coordinator.review import HOPELESS, MOST_CHANGES, Standing, Verdict, review
+from coordinator.review import HOPELESS, MOST_CHANGES, MOST_TRYING, Standing, Verdict, review
 from protos.ids import Fence
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
@@ -19,6 +19,7 @@ from protos.plan import ClusterView, Learned, NodeView, Plan
 from qtable.policy import Ledger
 from qtable.prior import load_prior
 from qtable.table import QTable
+from strategies.learned import with_running
 
 CLOSE = model(42_000_000, 1e8)  # gradients take about as long as a second node saves
 CLEAR = model(10_000, 1e8)  # two nodes are nearly twice as fast as one
@@ -136,7 +137,7 @@ def test_close_strategies_of_a_long_job_are_tried_one_after_the_other_and_the_qu
     tried = verdict.plan
     assert tried is not None and (tried.strategy, tried.trials) == (second, (second,))
     known = taught(made, 1.3)
-    good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.5, step=120, fence=2, learned=known)
+    good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.2, step=120, fence=2, learned=known)
     assert (good.plan, good.over) == (None, True), "the quickest is the one that runs"
     known = taught(made, 0.9)
     slow = {"slower": 1.2, "step": 120, "fence": 2, "learned": known}
@@ -180,6 +181,27 @@ def test_nodes_of_one_name_are_told_apart() -> None:
     others = {each.node_id for each in twins} - {first}
     wanted = {f"single_node on {each}" for each in others}
     assert set(tried.trials) == wanted and shape_of(tried).nodes <= others
+
+
+@pytest.mark.parametrize("slower", [1.3, 1.6, 2.0])
+@pytest.mark.parametrize("steps", [2_000, 200_000])
+def test_a_model_that_is_slower_than_predicted_everywhere_does_not_go_from_node_to_node(
+    slower: float, steps: int
+) -> None:
+    """16 nodes alike, and a model that none of them trains as quickly as predicted: what each group has shown is known
+    to the next decision."""
+    many = [node(f"n{number}") for number in range(16)]
+    spec, made = started(*many, profile=CLOSE, train={"batch_size": 64, "steps": steps}, nodes={"max": 1}, **PLAIN)
+    alone_s, learned, changes, at = slower * made.estimate.step_s, Learned(), 0, 0
+    while True:
+        at += 100
+        standing = Standing(made, Fence(changes + 1), at, 100, alone_s, changes)
+        verdict = review(standing, spec, CLOSE, DATA, ClusterView(tuple(many), learned=learned), load_prior().table())
+        if verdict.plan is None:
+            break
+        learned = with_running(learned, made.estimate, alone_s)
+        made, changes = verdict.plan, changes + 1
+    assert changes <= (2 if steps == 2_000 else MOST_TRYING), "in days of work a few trials cost next to nothing"
 
 
 def test_a_trial_that_can_no_longer_win_is_left_out() -> None:

@@ -25,8 +25,10 @@ from coordinator.store.memory import MemoryStore
 from protos import documents
 from protos.capacity import LinkEstimate
 from protos.ids import NodeId
-from protos.plan import ClusterView, Learned, Plan, Work
+from protos.plan import ClusterView, Factors, Learned, Plan, Work
 from protos.work import Usage
+from strategies.base import Inputs
+from strategies.learned import factors, model_key
 from strategies.memory import RESERVE_BYTES
 
 
@@ -285,3 +287,40 @@ def test_predicted_and_measured_stand_beside_each_other() -> None:
     assert measured == {"step_s": 0.3, "compute_s": 0.2, "bytes": 77, "memory_bytes": 10**8}
     text = plan_view.plan(documents.plain(made), {"step_s": 0.3, "nodes": table})
     assert "PREDICTED" in text and "MEASURED" in text and "anna" in text
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ((), 1.0),
+        ((2.0,), 1.0),
+        ((2.0, 2.0), 2.0),
+        ((0.5, 0.5, 0.5), 0.5),
+        ((2.0, 0.5), 1.0),
+        ((3.0, 1.0, 0.4), 1.0),
+    ],
+)
+def test_what_several_nodes_were_off_by_is_the_models_doing_and_what_one_was_off_by_its_own(
+    others: tuple[float, ...], expected: float
+) -> None:
+    """A node that never ran the model, nor its family of layers."""
+    spec, late = job(), replace(CLUSTER.nodes[0], node_id=NodeId("late"), name="late")
+    key, ran_before = model_key(PROFILE, spec.train), [NodeId(f"n{k}") for k in range(len(others))]
+    models = {(node_id, key, Work.WHOLE): off for node_id, off in zip(ran_before, others, strict=True)}
+    speeds = {
+        (node_id, "matmul", Work.WHOLE): Factors(off, 1.0) for node_id, off in zip(ran_before, others, strict=True)
+    }
+    for learned in (Learned(models=models), Learned(speeds=speeds), Learned(speeds, models)):
+        inputs = Inputs(spec, PROFILE, DATA, ClusterView((late,), learned=learned))
+        assert factors(inputs, Work.WHOLE)[late.node_id].work == pytest.approx(expected)
+
+
+def test_a_model_that_is_slower_than_its_family_on_several_nodes_is_so_on_the_next() -> None:
+    spec, names = job(), [NodeId("n0"), NodeId("n1")]
+    key = model_key(PROFILE, spec.train)
+    learned = Learned(
+        {(name, "matmul", Work.WHOLE): Factors(1.5, 1.0) for name in (*names, NodeId("a"))},
+        {(name, key, Work.WHOLE): 3.0 for name in names},
+    )
+    found = factors(Inputs(spec, PROFILE, DATA, ClusterView(CLUSTER.nodes, learned=learned)), Work.WHOLE)
+    assert found[NodeId("a")].work == pytest.approx(3.0) and found[NodeId("b")].work == pytest.approx(3.0)

@@ -1,0 +1,49 @@
+"""What running jobs last saw of the groups they gave up: pure bookkeeping.
+
+A group that was left because a link or a node had become slow may have been quick for hours before, and that is what
+its lesson says for all jobs to come. The job that left it must not take it back for that: to this job its last step is
+what counts, for a while, and for twice as long whenever it has left the same group again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+from protos.ids import JobId
+from protos.plan import Learned, Plan
+
+HOLD_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    step_s: float
+    until_s: float
+    times: int
+
+
+@dataclass(slots=True)
+class LeftGroups:
+    """Combinations of job and placement (strategies/learned.py), by job. Not durable: after a restart lessons hold."""
+
+    _jobs: dict[JobId, dict[str, _Left]] = field(default_factory=dict)
+
+    def note(self, job_id: JobId, plan: Plan, step_s: float, now_s: float) -> None:
+        """The job leaves the group of `plan`, whose steps took `step_s` lately."""
+        if plan.estimate.basis is None:
+            return
+        key, known = plan.estimate.basis.combination, self._jobs.setdefault(job_id, {})
+        times = known[key].times + 1 if key in known else 1
+        known[key] = _Left(step_s, now_s + HOLD_S * 2 ** (times - 1), times)
+
+    def over(self, learned: Learned, job_id: JobId, now_s: float) -> Learned:
+        """What was learned, as this job sees it."""
+        left = self._jobs.get(job_id, {})
+        steps = {key: each.step_s for key, each in left.items() if now_s < each.until_s}
+        return replace(learned, steps={**learned.steps, **steps}) if steps else learned
+
+    def keep(self, jobs: Collection[JobId]) -> None:
+        """Forget all others."""
+        for job_id in self._jobs.keys() - set(jobs):
+            del self._jobs[job_id]
