@@ -189,9 +189,10 @@ def mix(compute_s: float, network_s: float, overlap: float = OVERLAP) -> float:
     return float(longest * ((compute_s / longest) ** overlap + (network_s / longest) ** overlap) ** (1 / overlap))
 
 
-def all_reduce_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float) -> float:
-    """Around a ring; what is gathered goes around once: (n - 1) (alpha + V / beta), alpha = RTT / 2."""
-    if ranks > 1 and gathered(ranks, volume_bytes):
+def all_reduce_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float, *, gpu: bool) -> float:
+    """Around a ring; what is gathered goes around once: (n - 1) (alpha + V / beta), alpha = RTT / 2. `gpu`: whether
+    every rank has one."""
+    if ranks > 1 and not gpu and gathered(ranks, volume_bytes):
         return (ranks - 1) * (rtt_s / 2 + volume_bytes / bytes_per_s)
     return ring_s(ranks, volume_bytes, rtt_s, bytes_per_s)
 
@@ -203,24 +204,24 @@ def ring_s(ranks: int, volume_bytes: float, rtt_s: float, bytes_per_s: float) ->
     return 2 * (ranks - 1) * rtt_s / 2 + 2 * (ranks - 1) / ranks * volume_bytes / bytes_per_s
 
 
-def all_reduce_bytes(ranks: int, volume_bytes: float) -> float:
+def all_reduce_bytes(ranks: int, volume_bytes: float, *, gpu: bool) -> float:
     """Over all links together: every rank sends 2 (n - 1) / n of the volume around a ring; of what is gathered each
     sends the whole to all others."""
-    each = ranks if gathered(ranks, volume_bytes) else 2
+    each = ranks if not gpu and gathered(ranks, volume_bytes) else 2
     return each * (ranks - 1) * volume_bytes
 
 
 def gathered(ranks: int, size_bytes: float) -> bool:
-    """Whether a sum is quicker when each rank gets what all have and adds it up: half the rounds of a ring. That sends
-    more when there are more than two, so only what is small."""
+    """Whether a sum over CPUs is quicker when each rank gets what all have and adds it up: half the rounds of a ring.
+    That sends more when there are more than two, so only what is small. GPUs sum everything around a ring."""
     more_bytes = (ranks - 1) * (1 - 2 / ranks) * size_bytes
     return size_bytes <= GATHERED_BYTES and more_bytes <= GATHERED_MORE_BYTES
 
 
-def group_step_s(ranks: int, volume_bytes: float, capacity: Capacity) -> float:
+def group_step_s(ranks: int, volume_bytes: float, capacity: Capacity, *, gpu: bool) -> float:
     """Of a node's own time in each step of a group of whole models, beside computing and carrying."""
-    rank_s = GATHERED_RANK_S if gathered(ranks, volume_bytes) else RING_RANK_S
-    return stretched_s(GROUP_STEP_S + (2 if capacity.gpus else ranks) * rank_s, capacity)
+    rank_s = GATHERED_RANK_S if not gpu and gathered(ranks, volume_bytes) else RING_RANK_S
+    return stretched_s(GROUP_STEP_S + (2 if gpu else ranks) * rank_s, capacity)
 
 
 def fp16_codec_s(volume_bytes: float) -> float:
@@ -239,17 +240,17 @@ class Sync:
 
 
 def synchronise(
-    ranks: int, parameters: int, compute_s: float, rtt_s: float, bytes_per_s: float, compression: str
+    ranks: int, parameters: int, compute_s: float, rtt_s: float, bytes_per_s: float, compression: str, *, gpu: bool
 ) -> Sync:
     """`auto` takes fp16 only when AR(V) - AR(V/2) > codec time + statistical penalty."""
     volume = 4.0 * parameters
-    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s)
-    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s)
+    plain_s = all_reduce_s(ranks, volume, rtt_s, bytes_per_s, gpu=gpu)
+    half_s = all_reduce_s(ranks, volume / 2, rtt_s, bytes_per_s, gpu=gpu)
     codec_s = fp16_codec_s(volume)
     pays = plain_s - half_s > codec_s + FP16_PENALTY * compute_s
     if compression == "fp16" or (compression == "auto" and pays):
-        return Sync("fp16", half_s, codec_s, all_reduce_bytes(ranks, volume / 2))
-    return Sync("none", plain_s, 0.0, all_reduce_bytes(ranks, volume))
+        return Sync("fp16", half_s, codec_s, all_reduce_bytes(ranks, volume / 2, gpu=gpu))
+    return Sync("none", plain_s, 0.0, all_reduce_bytes(ranks, volume, gpu=gpu))
 
 
 def steps_of(train: TrainSpec, data: DataProfile) -> int | None:

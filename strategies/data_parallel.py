@@ -16,7 +16,17 @@ from strategies import cost
 from strategies.base import Answer, Inputs, PlacedEstimate, placed_of, reasons_of, train_subtasks
 from strategies.cost import Speed
 from strategies.grouping import close_groups, group_reasons, groups
-from strategies.links import Link, carrying_s, download_s, link_between, link_uses, overlap_over, ranks_of, ring_traffic
+from strategies.links import (
+    Link,
+    all_have_gpu,
+    carrying_s,
+    download_s,
+    link_between,
+    link_uses,
+    overlap_over,
+    ranks_of,
+    ring_traffic,
+)
 from strategies.memory import largest_micro_batch, worker_bytes
 from strategies.partition import RankSpeed, alike, split_batch
 from strategies.single_node import memory_reason, micro_batches
@@ -42,8 +52,8 @@ class _Member:
         fixed_s = self.speed.overhead_s + self.step_s + self.speed.optimizer_s
         return RankSpeed(fixed_s, self.speed.seconds_per_sample + cut, self.cap)
 
-    def among(self, ranks: int, volume_bytes: float) -> _Member:
-        return replace(self, step_s=cost.group_step_s(ranks, volume_bytes, self.node.capacity))
+    def among(self, ranks: int, volume_bytes: float, gpu: bool) -> _Member:
+        return replace(self, step_s=cost.group_step_s(ranks, volume_bytes, self.node.capacity, gpu=gpu))
 
     def compute_s(self, samples: int, micro_batches: int) -> float:
         return self.step_s + self.speed.compute_s(samples, micro_batches)
@@ -126,7 +136,8 @@ def _prefixes(inputs: Inputs, network: str, ordered: list[_Member]) -> list[Plac
         for other in ordered[: count - 1]:
             link = link_between(inputs.cluster, joined.node, other.node)
             worst = Link(max(worst.rtt_s, link.rtt_s), min(worst.bytes_per_s, link.bytes_per_s))
-        prefix = [member.among(count, 4.0 * inputs.profile.parameters) for member in ordered[:count]]
+        gpu = all_have_gpu(member.node for member in ordered[:count])
+        prefix = [member.among(count, 4.0 * inputs.profile.parameters, gpu) for member in ordered[:count]]
         used = len({member.node.node_id for member in prefix})
         if used > most_nodes:
             break
@@ -151,7 +162,13 @@ def _on(
     compute_s = max(member.compute_s(count, micro) for member, count, micro in shares)
     optimizer_s = max(member.speed.optimizer_s for member in members)
     sync = cost.synchronise(
-        len(members), profile.parameters, compute_s, link.rtt_s, link.bytes_per_s, inputs.spec.sync.compression
+        len(members),
+        profile.parameters,
+        compute_s,
+        link.rtt_s,
+        link.bytes_per_s,
+        inputs.spec.sync.compression,
+        gpu=all_have_gpu(member.node for member in members),
     )
     network_s, sent = sync.network_s + sync.codec_s, sync.bytes / len(members)
     overlapped_s = max(

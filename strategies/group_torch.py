@@ -1,16 +1,13 @@
-"""The process group of one attempt: gloo (or nccl when every rank has a GPU), made for one fence and thrown away after
-any failure.
+"""The process group of one attempt, made for one fence and thrown away after any failure.
 
-Owns creation, the few collectives the strategies use, the count of bytes they send, the bound on them (`upload`: a
-collective starts when the owner's cap allows its bytes), and `break_group`, which makes a hanging collective fail at
-once by shutting down the group's sockets. Refuses retries: after a failed collective the group is poisoned, so every
-failure raises PeerLost and the attempt ends. No `*_object` collective, no pickle.
+Owns how its ranks meet, the few collectives the strategies use, the count of bytes they send, the bound on them
+(`upload`: a collective starts when the owner's cap allows its bytes), and `break_group`, which makes a hanging
+collective fail at once by shutting down the group's sockets. Refuses retries: after a failed collective the group is
+poisoned, so every failure raises PeerLost and the attempt ends. No `*_object` collective, no pickle.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +16,17 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore
 
 from protos.errors import DeadlineExceeded
 from protos.token_bucket import TokenBucket
+from strategies.backend_torch import make_backend
 from strategies.context import TaskContext
-from strategies.cost import gathered
 from strategies.faults_torch import PeerLost
 from strategies.store_torch import ChannelStore
+from strategies.sums_torch import Sum
 from strategies.tcp_connections import Connection, open_connections
 
 BROADCAST_CHUNK_BYTES = 16 * 1024 * 1024
@@ -41,25 +38,18 @@ _ABANDONED: list[object] = []  # what a broken group may still write into: must 
 
 @dataclass(slots=True)
 class Pending:
-    """A sum under way. `wait` raises PeerLost. `parts`: what each rank has, as it arrives, a row for each; they are
-    added up in the order of the ranks."""
+    """A collective under way. `wait` raises PeerLost."""
 
     group: Group
     work: Any
     tensor: torch.Tensor
-    parts: torch.Tensor | None = None
 
     def wait(self) -> None:
         try:
             with self.group.waiting():
                 self.work.wait()
         except RuntimeError as error:
-            raise self.group.lost(error, self.work, self.tensor, self.parts) from error
-        if self.parts is not None:  # one after the other: processors that differ would sum a column in other orders
-            first, *others = self.parts.unbind()
-            self.tensor.copy_(first)
-            for part in others:
-                self.tensor.add_(part)
+            raise self.group.lost(error, self.work, self.tensor) from error
 
 
 @dataclass(slots=True)
@@ -91,12 +81,10 @@ class Group:
         """In place; the tensor is not touched until `wait`. Every rank starts the same calls in the same order."""
         if self.backend is None:
             return Pending(self, _Finished(), tensor)
-        on_cpu = self.device.type == "cpu"
-        if on_cpu and operation == dist.ReduceOp.SUM and gathered(self.world_size, _size(tensor)):
-            parts = tensor.new_empty((self.world_size, *tensor.shape))
-            self._sends((self.world_size - 1) * _size(tensor))
-            work = self._start(lambda: self.backend.allgather([list(parts.unbind())], [tensor]), tensor, parts)
-            return Pending(self, work, tensor, parts)
+        if operation == dist.ReduceOp.SUM:
+            total = Sum(self.backend, tensor)
+            self._sends(total.sends_bytes)
+            return Pending(self, self._start(total.start, total), tensor)
         options = dist.AllreduceOptions()
         options.reduceOp = operation
         self._sends(2 * (self.world_size - 1) * _size(tensor) // self.world_size)  # around a ring
@@ -337,74 +325,13 @@ def connect(context: TaskContext, group: Group) -> Group:
     group.deadline_s = task.collective_timeout_s
     timeout = timedelta(seconds=group.deadline_s)
     try:
-        devices = _devices(context, prefixed)
-        nccl = all(device.startswith("cuda") for device in devices) and dist.is_nccl_available()
-        if nccl:
-            group.device = torch.device(context.device)
-            _bind_nccl(context.interface)
-        if task.layout is not None:
-            group.backend = _default_group(context, prefixed, timeout, "nccl" if nccl else "gloo")
-        elif nccl:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            group.backend = dist.ProcessGroupNCCL(prefixed, task.rank, task.world_size, options)
-        else:
-            group.backend = _gloo(prefixed, task.rank, task.world_size, timeout, context.interface)
+        group.backend, group.device = make_backend(context, prefixed, timeout)
         group.barrier()
     except (RuntimeError, DeadlineExceeded) as error:
         raise group.lost(error) from error
     group._backends.append(group.backend)
     group.connected()
     return group
-
-
-def _default_group(context: TaskContext, store: Store, timeout: timedelta, backend: str) -> Any:
-    """torch.distributed's own default group, which DTensor, FSDP2 and pipelining find by themselves: one per process,
-    and a worker process has one attempt. Its subgroups are bound to the same trusted address."""
-    if backend == "gloo":
-        backend = "cpu:hive"
-
-        def make(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
-            return _gloo(store, rank, size, timeout, context.interface)
-
-        dist.Backend.register_backend("hive", make, devices=["cpu"])
-    task = context.task
-    dist.init_process_group(backend, store=store, rank=task.rank, world_size=task.world_size, timeout=timeout)
-    return dist.group.WORLD._get_backend(torch.device("cpu" if backend != "nccl" else context.device))  # type: ignore[union-attr]
-
-
-def _gloo(store: Store, rank: int, size: int, timeout: timedelta, bound_to: str) -> Any:
-    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [_gloo_device(bound_to)]
-    options._timeout = timeout
-    options._threads = 2
-    return dist.ProcessGroupGloo(store, rank, size, options)
-
-
-def _devices(context: TaskContext, store: Store) -> list[str]:
-    store.set(f"device/{context.task.rank}", context.device)
-    return [bytes(store.get(f"device/{rank}")).decode() for rank in range(context.task.world_size)]
-
-
-def _gloo_device(bound_to: str) -> Any:
-    """By address where there is one: an interface may have several, and gloo would listen on any of them."""
-    try:
-        address = str(ipaddress.ip_address("127.0.0.1" if bound_to == "lo" else bound_to))
-    except ValueError:
-        return dist.ProcessGroupGloo.create_device(interface=bound_to)  # refuses an empty name
-    return dist.ProcessGroupGloo.create_device(hostname=address)
-
-
-def _bind_nccl(bound_to: str) -> None:
-    """NCCL knows interfaces only, and without one it listens on whichever it likes."""
-    names = [
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if name == bound_to or any(entry.address == bound_to for entry in addresses)
-    ]
-    if not names:
-        raise RuntimeError(f"no interface of this machine has the trusted address {bound_to!r}")
-    os.environ["NCCL_SOCKET_IFNAME"] = f"={names[0]}"
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -165,6 +165,11 @@ def ranks_of(node: NodeView) -> int:
     return max(1, len(node.capacity.gpus))
 
 
+def all_have_gpu(nodes: Iterable[NodeView]) -> bool:
+    """Then nccl carries what their ranks sum; otherwise gloo does."""
+    return all(node.capacity.gpus for node in nodes)
+
+
 Apart = Mapping[tuple[NodeId, NodeId], str]
 """protos.plan.ClusterView.apart."""
 

@@ -20,6 +20,7 @@ from strategies.links import (
     Link,
     Traffic,
     add_traffic,
+    all_have_gpu,
     collected_s,
     download_s,
     link_between,
@@ -58,6 +59,11 @@ class Shape:
     @property
     def pieces(self) -> tuple[tuple[int, int], ...]:
         return tuple(pairwise(self.cuts))
+
+    @property
+    def gpu(self) -> bool:
+        """Whether every rank has one."""
+        return all_have_gpu(unit.node for slot in self.slots for unit in slot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +158,9 @@ def _rank(inputs: Inputs, segments: Segments, shape: Shape, stage: int, unit: Un
     optimizer_s = cost.optimizer_s(float(segments.parameters[piece]), unit.node.capacity, inputs.spec.train)
     crossing = samples * float(segments.cut_bytes[piece[0]] + segments.cut_bytes[piece[1]])
     replicas = len(shape.slots[0])
-    averaged = cost.all_reduce_bytes(replicas, 4.0 * float(segments.parameters[piece])) / replicas
+    averaged = cost.all_reduce_bytes(replicas, 4.0 * float(segments.parameters[piece]), gpu=shape.gpu) / replicas
     lenders = [4.0 * float(segments.borrowed[each]) for each in (shape.pieces[1:] if stage == 0 else (piece,))]
-    tied = sum(cost.all_reduce_bytes(2, volume) / 2 for volume in lenders)
+    tied = sum(cost.all_reduce_bytes(2, volume, gpu=shape.gpu) / 2 for volume in lenders)
     node_id = unit.node.node_id
     return RankCost(node_id, overhead_s + work_s + optimizer_s, overhead_s, crossing + averaged + tied)
 
@@ -279,8 +285,8 @@ def _gradients(inputs: Inputs, segments: Segments, shape: Shape) -> tuple[float,
         nodes = [unit.node for unit in slot]
         link: Link = worst_link(inputs.cluster, nodes)
         volume = 4.0 * float(segments.parameters[piece])
-        took_s = cost.all_reduce_s(replicas, volume, link.rtt_s, link.bytes_per_s)
-        moved = cost.all_reduce_bytes(replicas, volume)
+        took_s = cost.all_reduce_s(replicas, volume, link.rtt_s, link.bytes_per_s, gpu=shape.gpu)
+        moved = cost.all_reduce_bytes(replicas, volume, gpu=shape.gpu)
         slowest_s, total = max(slowest_s, took_s), total + moved
         for (a, b), (sent, seconds) in ring_traffic(nodes, moved / replicas, took_s).items():
             add_traffic(found, a, b, sent, seconds)
@@ -299,8 +305,8 @@ def _tied(
             volume = 4.0 * float(segments.borrowed[piece])
             if volume:
                 link = link_between(inputs.cluster, chain[0].node, unit.node)
-                took_s = cost.all_reduce_s(2, volume, link.rtt_s, link.bytes_per_s)
-                sent = cost.all_reduce_bytes(2, volume)
+                took_s = cost.all_reduce_s(2, volume, link.rtt_s, link.bytes_per_s, gpu=shape.gpu)
+                sent = cost.all_reduce_bytes(2, volume, gpu=shape.gpu)
                 add_traffic(found, chain[0].node.node_id, unit.node.node_id, sent, took_s)
                 chain_s, total = chain_s + took_s, total + sent
         seconds = max(seconds, chain_s)

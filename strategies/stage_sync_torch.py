@@ -7,7 +7,6 @@ the running statistics of norms, averaged by the share of the batch that each re
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.group_torch import Group
+from strategies.sums_torch import Sum
 
 BUCKET_BYTES = 16 * 1024 * 1024
 
@@ -109,7 +109,7 @@ class StageSync:
             self._reduce_together(bucket, shared.group)
 
     def _reduce_together(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        if len(tensors) == 1 and tensors[0].is_contiguous():
+        if len(tensors) == 1:
             self._reduce(tensors[0], group)
             return
         flat = self._reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), group)
@@ -118,13 +118,7 @@ class StageSync:
             tensor.copy_(piece.view_as(tensor))
 
     def _reduce(self, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        started = time.perf_counter()
-        try:
-            dist.all_reduce(tensor, group=group)
-        except RuntimeError as error:
-            raise self._everyone.lost(error, tensor) from error
-        finally:
-            self._everyone.sync_s += time.perf_counter() - started
+        self._everyone.run(0, Sum(group, tensor).run)  # the kernel counts what pipelines send
         return tensor
 
 

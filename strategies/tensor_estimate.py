@@ -15,7 +15,7 @@ from protos.model import ModelProfile, TensorCut
 from protos.plan import Layout, NodeView, RankCost
 from strategies import cost
 from strategies.base import Inputs, PlacedEstimate
-from strategies.links import Link, carrying_s, worst_link
+from strategies.links import Link, all_have_gpu, carrying_s, worst_link
 from strategies.memory import bytes_per_parameter, sample_bytes, shard_reserve_bytes
 from strategies.shared_model import Ranks, Step, placed
 
@@ -39,7 +39,7 @@ def tensor(inputs: Inputs, ranks: Ranks) -> PlacedEstimate | None:
     pieces = math.ceil(train.batch_size / rows) if train.accumulate == "auto" else train.accumulate
     if math.ceil(train.batch_size / pieces) > rows:
         return None
-    sent = sent_bytes(profile, cut, train.batch_size)
+    sent = sent_bytes(profile, cut, train.batch_size, gpu=all_have_gpu(ranks.nodes))
     collectives = pieces * (cut.sums + cut.gathers) + SETTLING
     network_s = _network_s(cut, pieces, sent, link)
     network_s += collectives * max(cost.stretched_s(cost.COLLECTIVE_S, node.capacity) for node in ranks.nodes)
@@ -67,12 +67,12 @@ def tensor(inputs: Inputs, ranks: Ranks) -> PlacedEstimate | None:
     )
 
 
-def sent_bytes(profile: ModelProfile, cut: TensorCut, batch: int) -> float:
+def sent_bytes(profile: ModelProfile, cut: TensorCut, batch: int, *, gpu: bool) -> float:
     """By each rank in a step of `batch` samples. Gradients of what every rank holds whole are averaged once."""
     share = (cut.ranks - 1) / cut.ranks
     whole = 4.0 * (profile.parameters - cut.parameters)
     passed = share * batch * (2 * cut.summed_bytes_per_sample + cut.gathered_bytes_per_sample)
-    return passed + cost.all_reduce_bytes(cut.ranks, whole) / cut.ranks
+    return passed + cost.all_reduce_bytes(cut.ranks, whole, gpu=gpu) / cut.ranks
 
 
 def _network_s(cut: TensorCut, pieces: int, sent: float, link: Link) -> float:

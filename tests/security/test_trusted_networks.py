@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from node import networks
 from node.networks import InterfaceAddress
-from strategies.group_torch import _gloo_device
+from strategies.backend_torch import gloo_device
 
 LO, WIRED = InterfaceAddress("lo", "127.0.0.1", 8), InterfaceAddress("eth0", "192.168.7.5", 24)
 OFFICE = InterfaceAddress("eth0", "10.1.2.3", 16)
@@ -29,8 +29,8 @@ def test_a_cidr_names_its_own_address_of_an_interface_that_has_several() -> None
 
 
 def test_a_group_without_a_trusted_address_is_not_made() -> None:
-    assert isinstance(_gloo_device("127.0.0.1"), dist.ProcessGroupGloo.Device)
+    assert isinstance(gloo_device("127.0.0.1"), dist.ProcessGroupGloo.Device)
     with pytest.raises((RuntimeError, ValueError)):
-        _gloo_device("")
+        gloo_device("")
     with pytest.raises(RuntimeError):
-        _gloo_device("192.0.2.7")  # not an address of this machine
+        gloo_device("192.0.2.7")  # not an address of this machine

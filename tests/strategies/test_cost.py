@@ -67,20 +67,28 @@ def test_an_unmeasured_node_still_has_a_speed() -> None:
 
 
 def test_a_ring_all_reduce_is_its_closed_form() -> None:
-    assert cost.all_reduce_s(1, 1e9, 1.0, 1.0) == 0.0
-    assert cost.all_reduce_s(4, 25e6, 0.0, 12.5e6) == pytest.approx(3.0)  # 25 MB over 100 Mbit/s
-    assert cost.all_reduce_s(4, 1e6, 0.02, 1e12) == pytest.approx(6 * 0.01, rel=1e-3)
-    assert cost.all_reduce_bytes(4, 100e6) == pytest.approx(4 * 150e6)
+    assert cost.all_reduce_s(1, 1e9, 1.0, 1.0, gpu=False) == 0.0
+    assert cost.all_reduce_s(4, 25e6, 0.0, 12.5e6, gpu=False) == pytest.approx(3.0)  # 25 MB over 100 Mbit/s
+    assert cost.all_reduce_s(4, 1e6, 0.02, 1e12, gpu=False) == pytest.approx(6 * 0.01, rel=1e-3)
+    assert cost.all_reduce_bytes(4, 100e6, gpu=False) == pytest.approx(4 * 150e6)
 
 
 def test_what_is_small_is_gathered_and_sends_little_more_than_a_ring() -> None:
     assert cost.gathered(2, 200_000) and not cost.gathered(2, 300_000)
     assert cost.gathered(4, 20_000) and not cost.gathered(4, 40_000)
-    assert cost.all_reduce_bytes(2, 200_000) == 2 * 200_000, "of two ranks each sends what it would around a ring"
-    assert cost.all_reduce_bytes(4, 100.0) == 4 * 300.0
-    assert cost.all_reduce_s(4, 100.0, 0.02, 1e12) == pytest.approx(3 * 0.01)
-    assert cost.group_step_s(4, 1e3, capacity()) < cost.group_step_s(4, 1e6, capacity())
-    assert cost.group_step_s(4, 1e6, capacity()) > cost.group_step_s(2, 1e6, capacity())
+    sent = cost.all_reduce_bytes(2, 200_000, gpu=False)
+    assert sent == 2 * 200_000, "of two ranks each sends what it would around a ring"
+    assert cost.all_reduce_bytes(4, 100.0, gpu=False) == 4 * 300.0
+    assert cost.all_reduce_s(4, 100.0, 0.02, 1e12, gpu=False) == pytest.approx(3 * 0.01)
+    small_s, large_s = (cost.group_step_s(4, size, capacity(), gpu=False) for size in (1e3, 1e6))
+    assert small_s < large_s
+    assert large_s > cost.group_step_s(2, 1e6, capacity(), gpu=False)
+
+
+def test_gpus_sum_also_what_is_small_around_a_ring() -> None:
+    assert cost.all_reduce_s(4, 100.0, 0.02, 1e12, gpu=True) == pytest.approx(6 * 0.01)
+    assert cost.all_reduce_bytes(4, 100.0, gpu=True) == 4 * 150.0
+    assert cost.group_step_s(4, 1e3, capacity(), gpu=True) == cost.group_step_s(4, 1e6, capacity(), gpu=True)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +138,16 @@ def test_overlap_of_nothing_is_nothing() -> None:
 
 
 def test_fp16_is_taken_on_a_slow_link_and_not_over_loopback() -> None:
-    slow = cost.synchronise(2, 10_000_000, 0.1, 0.001, 12.5e6, "auto")
-    fast = cost.synchronise(2, 10_000_000, 0.1, 0.0001, 1.5e9, "auto")
+    slow = cost.synchronise(2, 10_000_000, 0.1, 0.001, 12.5e6, "auto", gpu=False)
+    fast = cost.synchronise(2, 10_000_000, 0.1, 0.0001, 1.5e9, "auto", gpu=False)
     assert (slow.compression, fast.compression) == ("fp16", "none")
     assert slow.bytes == fast.bytes / 2
     assert fast.codec_s == 0.0
 
 
 def test_a_compression_the_job_asks_for_is_taken_as_asked() -> None:
-    assert cost.synchronise(2, 10_000_000, 0.1, 0.001, 12.5e6, "none").compression == "none"
-    assert cost.synchronise(2, 10_000_000, 0.1, 0.0001, 1.5e9, "fp16").compression == "fp16"
+    assert cost.synchronise(2, 10_000_000, 0.1, 0.001, 12.5e6, "none", gpu=False).compression == "none"
+    assert cost.synchronise(2, 10_000_000, 0.1, 0.0001, 1.5e9, "fp16", gpu=False).compression == "fp16"
 
 
 def test_steps_count_the_small_last_batch_of_every_epoch() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +14,13 @@ import torch
 import torch.distributed as dist
 from engine_harness import Job, Rank
 from engine_jobs import MLP, mlp_job
+from gloo_threads import among
 
 from protos.plan import Layout
 from protos.states import AttemptState, Reason
 from protos.work import Outcome
 from strategies.data.opening import open_splits
 from strategies.evaluate_torch import MEET_EVERY_S, Score, evaluate
-from strategies.faults_torch import PeerLost
 from strategies.group_torch import Group, single
 from strategies.loss_torch import Loss
 
@@ -33,27 +32,6 @@ SLOW_EVALUATION = MLP.replace(
             import time
             time.sleep(3.0)""",
 )
-T = TypeVar("T")
-
-
-def in_pairs(call: Callable[[Group], T]) -> list[T | BaseException]:
-    """What each of two ranks, threads over gloo, makes of it."""
-    store = dist.HashStore()
-
-    def rank(number: int) -> T | BaseException:
-        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timedelta(seconds=30)
-        group = Group(number, 2, torch.device("cpu"))
-        group.backend = dist.ProcessGroupGloo(store, number, 2, options)
-        group._backends.append(group.backend)
-        try:
-            return call(group)
-        except PeerLost as error:
-            return error
-
-    with ThreadPoolExecutor(2) as ranks:
-        return list(ranks.map(rank, range(2)))
 
 
 def test_a_group_is_patient_for_a_while_and_as_strict_as_before_after_it() -> None:
@@ -70,7 +48,7 @@ def test_a_group_is_patient_for_a_while_and_as_strict_as_before_after_it() -> No
             seen.append(group.deadline_s)  # never less than usual
         return seen
 
-    assert in_pairs(wait_for_the_other) == [[0.2, 30.0, 0.2, 0.2]] * 2
+    assert among(2, wait_for_the_other) == [[0.2, 30.0, 0.2, 0.2]] * 2
 
 
 def test_a_subgroup_has_the_deadline_of_its_group() -> None:
@@ -107,7 +85,7 @@ def test_ranks_that_evaluate_meet_every_few_seconds_however_slow_one_of_them_is(
         found = evaluate(model, forward, data, loss, group, samples, 4, device)
         return found, pieces, group.bytes_sent // 40
 
-    (quick, slow), (alone, _, _) = in_pairs(lambda group: score(group, (8, 24))), score(single(), (32,))
+    (quick, slow), (alone, _, _) = among(2, lambda group: score(group, (8, 24))), score(single(), (32,))
     assert isinstance(quick, tuple) and isinstance(slow, tuple)
     assert quick[0] == slow[0]
     assert (quick[0].loss, quick[0].accuracy) == pytest.approx((alone.loss, alone.accuracy))

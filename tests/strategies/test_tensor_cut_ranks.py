@@ -147,7 +147,7 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple
 def test_ranks_send_what_identification_says_of_their_plan(groups: Any, name: str, ranks: int) -> None:
     group, made = groups[ranks]
     profile = identified(made[name])
-    sent = sent_bytes(profile, cut_of(profile, ranks), made[name].batch)
+    sent = sent_bytes(profile, cut_of(profile, ranks), made[name].batch, gpu=False)
     for rank in range(ranks):
         found = group.found(name, rank)
         assert "error" not in found, found

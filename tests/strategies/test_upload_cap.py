@@ -49,11 +49,15 @@ class Broken(threading.Event):
 
 
 class Backend:
-    """Two ranks that are equal: notes when each collective started."""
+    """Ranks that are equal: notes when each collective started."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, ranks: int, clock: Clock) -> None:
+        self.ranks = ranks
         self.clock = clock
         self.started_s: list[float] = []
+
+    def size(self) -> int:
+        return self.ranks
 
     def allreduce(self, *_: Any) -> Any:
         self.started_s.append(self.clock.now_s)
@@ -66,7 +70,7 @@ class Backend:
 
 
 def group_of(ranks: int, clock: Clock, rate: float | None, rank: int = 0) -> tuple[Group, Backend]:
-    backend = Backend(clock)
+    backend = Backend(ranks, clock)
     bucket = None if rate is None else TokenBucket(rate, BURST, clock())
     group = Group(rank, ranks, torch.device("cpu"), backend, broken=Broken(clock), upload=bucket, clock=clock)
     return group, backend
