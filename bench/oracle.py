@@ -1,9 +1,12 @@
-"""What the choice is worth on real jobs: `python -m bench.oracle [--network NAME] [--rounds N] [--quick]`.
+"""What the choice is worth on real jobs: `python -m bench.oracle [--network NAME] [--rounds N] [--json FILE]`.
 
 Every job runs under `auto` and under every strategy that is possible, in turn, three times over, on four machines of
 unlike caps and shaped links (network namespaces: needs root). Time counts from the submission until the end of a job
 whose validation loss is where it should be, so planning, trials and starting are in it. In the first round `auto` goes
 first: it has never seen the job. single_node runs twice in each round: the one over the other is the A/A control.
+
+What is known is written after every job; `--resume FILE` goes on after the jobs that such a file has. A job that `auto`
+or single_node does not end is told, left out of the figures, and the run has not passed.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,9 +29,10 @@ if not __package__:  # run as a script: what is imported lies beside this folder
 
 from bench.oracle_jobs import CPUS, MODELS, NETWORKS, NODES, STRATEGIES, OracleJob, file_of
 from bench.paired import Estimate, estimate
-from bench.report import Bound, Figure, Finding, Gate, figure_of
+from bench.report import Bound, Figure, Finding, Gate, document, figure_of
 from bench.runner import options, perform
 from bench.stage import Stage
+from bench.workloads import Workload
 from tests.e2e.cluster import until
 from tests.netns.lan_cluster import LanCluster
 from tests.netns.machines import lan, why_not
@@ -82,16 +88,60 @@ class Measured:
         return self.seconds[AUTO][0] / self.strategies[self.winner]
 
 
-def oracle(networks: Sequence[str], stage: Stage) -> Finding:
+@dataclass(slots=True)
+class Record:
+    """What is known so far, in a file that is replaced as a whole after every job: the form of any benchmark's."""
+
+    file: Path
+    measured: list[Measured] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def has(self, job: OracleJob) -> bool:
+        return any(each.job == job for each in self.measured)
+
+    def finding(self, error: str = "") -> Finding:
+        detail = {"jobs": [asdict(each) for each in self.measured], "markdown": markdown(self.measured)}
+        found = figures(self.measured) if self.measured else ()
+        return Finding("oracle", found, detail, error="; ".join([*self.failed, *filter(None, [error])]))
+
+    def save(self) -> None:
+        content = document([self.finding("not all jobs have run")], {})
+        beside = self.file.with_name(f"{self.file.name}.part")
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.replace(self.file)
+
+
+def recorded(content: Mapping[str, Any]) -> list[Measured]:
+    """The jobs of such a file that are still jobs of this benchmark, as they are now."""
+    now = {job.name: job for network in NETWORKS for job in (OracleJob(network, model) for model in MODELS)}
+    found = []
+    for each in (job for benchmark in content["benchmarks"] for job in benchmark["detail"].get("jobs", ())):
+        job = OracleJob(each["job"]["network"], Workload(**each["job"]["model"]))
+        if now.get(job.name) == job:
+            found.append(Measured(job, each["seconds"], each["refused"], each["taken"], each["target"]))
+    return found
+
+
+def oracle(networks: Sequence[str], record: Record, stage: Stage) -> Finding:
     if reason := why_not():
         raise RuntimeError(reason)
-    measured = [each for name in networks for each in _on(name, stage)]
-    table = markdown(measured)
-    stage.tell(table)
-    return Finding("oracle", figures(measured), {"jobs": [asdict(each) for each in measured], "markdown": table})
+    stage.tell(f"{len(record.measured)} jobs known; after every job all of them are in {record.file}")
+    error = ""
+    try:
+        for name in networks:
+            _on(name, record, stage)
+    except Exception as failure:  # what was measured is worth having
+        traceback.print_exc()
+        error = str(failure).strip() or type(failure).__name__
+    stage.tell(markdown(record.measured))
+    return record.finding(error)
 
 
-def _on(name: str, stage: Stage) -> list[Measured]:
+def _on(name: str, record: Record, stage: Stage) -> None:
+    jobs = [OracleJob(name, model) for model in (MODELS[:2] if stage.quick else MODELS)]
+    jobs = [job for job in jobs if not record.has(job)]
+    if not jobs:
+        return
     folder = stage.subfolder(f"oracle/{len(list(stage.subfolder('oracle').iterdir()))}")
     with lan(1 + len(NODES)) as made:
         office = LanCluster(folder, stage.folder / "calibration", lan=made)
@@ -105,10 +155,15 @@ def _on(name: str, stage: Stage) -> list[Measured]:
             office.wait_ready(len(NODES), 300.0)
             pairs = len(NODES) * (len(NODES) - 1) // 2
             until(lambda: len(office.ask("nodes")["links"]) == pairs, "every pair of nodes is measured", 120.0)
-            models = MODELS[:2] if stage.quick else MODELS
             warm = office.submit(file_of(MODELS[0], "data_parallel", stage.subfolder("warm")), *WARM)
             office.wait(warm)
-            return [_job(stage, office, OracleJob(name, model)) for model in models]
+            for job in jobs:
+                try:
+                    record.measured.append(_job(stage, office, job))
+                except AssertionError as failure:  # the other jobs are worth measuring
+                    stage.tell(f"{job.name}: FAILED: {failure}")
+                    record.failed.append(str(failure))
+                record.save()
         finally:
             office.close()
 
@@ -119,16 +174,16 @@ def _job(stage: Stage, office: LanCluster, job: OracleJob) -> Measured:
     for name, file in files.items():
         if why := _why_not(office, file):  # it also identifies the model, which no run is then charged with
             found.refused[name] = why
+    for needed in (AUTO, SINGLE):
+        if needed in found.refused:
+            raise AssertionError(f"{job.name}, {needed}: {found.refused[needed]}")
     for number in range(stage.rounds):
         forced = [SINGLE, *(name for name in STRATEGIES if name != SINGLE), CONTROL]
         order = [AUTO, *forced] if not number else [*forced[number:], *forced[:number], AUTO]
         for name in order:
             if name not in found.refused and not (number and _hopeless(found, name)):
                 _run(stage, office, found, name, files[SINGLE if name == CONTROL else name])
-    stage.tell(
-        f"{job.name}: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in found.strategies.items())}; auto "
-        f"{median(found.seconds[AUTO]):.1f} s ({' '.join(found.taken)}): {found.of_best:.2f} of the best"
-    )
+    stage.tell(line_of(found))
     return found
 
 
@@ -175,6 +230,17 @@ def _run(stage: Stage, office: LanCluster, found: Measured, name: str, file: Pat
         found.taken.append(str(job["strategy"]))
     stage.tell(
         f"  {found.job.name}: {name} {found.seconds[name][-1]:.1f} s, {job['strategy']} on {' '.join(job['nodes'])}"
+    )
+
+
+def line_of(found: Measured) -> str:
+    """One job in a line: what auto took, the best, the winner, the first round."""
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.strategies.items())
+    best_s = found.strategies[found.winner]
+    return (
+        f"{found.job.name}: auto {median(found.seconds[AUTO]):.1f} s ({' '.join(found.taken)}), best {best_s:.1f} s "
+        f"({found.winner}): {found.of_best:.2f} of the best, {found.of_single:.2f} of single_node, first round "
+        f"{found.seconds[AUTO][0]:.1f} s: {found.first_of_best:.2f}; {times}"
     )
 
 
@@ -257,12 +323,16 @@ def _cell(measured: Measured, name: str) -> str:
 
 
 def main() -> int:
-    parser = options(__doc__.splitlines()[0] if __doc__ else "", {"oracle": partial(oracle, ())})
+    parser = options(__doc__.splitlines()[0] if __doc__ else "", {"oracle": partial(oracle, (), Record(Path()))})
     parser.add_argument("--network", action="append", choices=list(NETWORKS), help="only this one; several times")
+    parser.add_argument("--resume", metavar="FILE", help="go on after the jobs of this file, in it without --json")
     chosen = parser.parse_args()
     chosen.rounds = chosen.rounds or (1 if chosen.quick else 3)
     networks = chosen.network or list(NETWORKS)[-1 if chosen.quick else 0 :]
-    return perform({"oracle": partial(oracle, networks)}, chosen)
+    known = recorded(json.loads(Path(chosen.resume).read_text())) if chosen.resume else []
+    if chosen.json is None:
+        chosen.json = Path(chosen.resume or Path(tempfile.mkdtemp(prefix="hive-oracle-")) / "oracle.json")
+    return perform({"oracle": partial(oracle, networks, Record(chosen.json, known))}, chosen)
 
 
 if __name__ == "__main__":

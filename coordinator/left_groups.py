@@ -7,7 +7,8 @@ what counts, for a while, and for twice as long whenever it has left the same gr
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from protos.ids import JobId
@@ -27,23 +28,22 @@ class _Left:
 class LeftGroups:
     """Combinations of job and placement (strategies/learned.py), by job. Not durable: after a restart lessons hold."""
 
+    clock: Callable[[], float] = time.monotonic
     _jobs: dict[JobId, dict[str, _Left]] = field(default_factory=dict)
 
-    def note(self, job_id: JobId, plan: Plan, step_s: float, now_s: float) -> None:
+    def note(self, job_id: JobId, plan: Plan, step_s: float) -> None:
         """The job leaves the group of `plan`, whose steps took `step_s` lately."""
         if plan.estimate.basis is None:
             return
         key, known = plan.estimate.basis.combination, self._jobs.setdefault(job_id, {})
         times = known[key].times + 1 if key in known else 1
-        known[key] = _Left(step_s, now_s + HOLD_S * 2 ** (times - 1), times)
+        known[key] = _Left(step_s, self.clock() + HOLD_S * 2 ** (times - 1), times)
 
-    def over(self, learned: Learned, job_id: JobId, now_s: float) -> Learned:
+    def over(self, learned: Learned, job_id: JobId) -> Learned:
         """What was learned, as this job sees it."""
-        left = self._jobs.get(job_id, {})
+        left, now_s = self._jobs.get(job_id, {}), self.clock()
         steps = {key: each.step_s for key, each in left.items() if now_s < each.until_s}
         return replace(learned, steps={**learned.steps, **steps}) if steps else learned
 
-    def keep(self, jobs: Collection[JobId]) -> None:
-        """Forget all others."""
-        for job_id in self._jobs.keys() - set(jobs):
-            del self._jobs[job_id]
+    def forget(self, job_id: JobId) -> None:
+        self._jobs.pop(job_id, None)

@@ -7,11 +7,13 @@ strategy. Their names are for people; `strategy_of` says which strategy one is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from coordinator.planner import Consideration, arm_of, plan_of, predicted, without
 from protos.jobspec import StrategyName
-from protos.plan import NodeView, Plan
+from protos.plan import Candidate, NodeView, Plan
+from qtable.probing import Arm, belief, expected_loss_s
 from strategies.base import PlacedEstimate
 from strategies.registry import BUILT
 from strategies.survival import efficiency
@@ -61,18 +63,48 @@ def said(considered: Consideration, way: str) -> str:
     return f"{SINGLE}{_ON}{_name(considered, node)}"
 
 
-def plan_of_way(considered: Consideration, way: str, why: str) -> Plan:
-    """To change a running job to. Its candidates say of the strategy what is predicted of this way."""
-    strategy, placed, arm = strategy_of(way), considered.placed[way], considered.arms[way]
-    best_s = min(each.seconds for each in considered.arms.values())
-    candidates = tuple(
-        predicted(considered.inputs, replace(each, survival=considered.survival[way]), placed, arm, best_s)
-        if each.strategy == strategy
-        else each
-        for each in considered.candidates
-    )
+def plan_of_way(
+    considered: Consideration,
+    arms: Mapping[str, Arm],
+    way: str,
+    why: str,
+    trials: tuple[str, ...] = (),
+    trial_steps: int = 0,
+) -> Plan:
+    """To change a running job to; `arms` are of what is left of it. Its candidates say of the strategy what is
+    predicted of this way; the other ways of it that were measured, or wait for their trial, stand beside it."""
+    strategy, placed = strategy_of(way), considered.placed[way]
+    row = _row(considered, strategy, way)
+    candidates = tuple(row if each.strategy == strategy else each for each in considered.candidates)
     taken = replace(considered, placed={**considered.placed, strategy: placed}, candidates=candidates)
-    return plan_of(taken, strategy, why, 1.0, None)
+    made = plan_of(taken, strategy, why, 1.0, None)
+    beliefs = {name: belief(arm, considered.residuals.get(name, 0.0)) for name, arm in arms.items()}
+    return replace(
+        made,
+        candidates=(*made.candidates, *_others(considered, way, trials)),
+        trials=trials,
+        trial_steps=trial_steps,
+        expected_loss_s=expected_loss_s(way, beliefs),
+    )
+
+
+def _others(considered: Consideration, way: str, trials: tuple[str, ...]) -> tuple[Candidate, ...]:
+    others = [other for other in considered.placed if strategy_of(other) == SINGLE and other not in (SINGLE, way)]
+    if strategy_of(way) == SINGLE != way:
+        others.append(SINGLE)  # on the node that was chosen: its row has become that of another one
+    return tuple(
+        _row(considered, said(considered, other), other)
+        for other in others
+        if considered.arms[other].measured or other in trials
+    )
+
+
+def _row(considered: Consideration, name: str, way: str) -> Candidate:
+    """What is predicted of one way, under a name for people."""
+    of_strategy = next(each for each in considered.candidates if each.strategy == strategy_of(way))
+    best_s = min(each.seconds for each in considered.arms.values())
+    row = replace(of_strategy, strategy=name, survival=considered.survival[way])
+    return predicted(considered.inputs, row, considered.placed[way], considered.arms[way], best_s)
 
 
 def _name(considered: Consideration, node: NodeView) -> str:

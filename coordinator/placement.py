@@ -17,6 +17,7 @@ from coordinator import planner, spares
 from coordinator.cluster import JOIN_HINT, WAIT_HINT, Away, cluster_view, once_back, said_of
 from coordinator.control.events import Unplaced
 from coordinator.learning import Learner
+from coordinator.left_groups import LeftGroups
 from coordinator.sessions import Sessions
 from coordinator.submission import Submission
 from protos.errors import NoPlacement
@@ -56,6 +57,7 @@ class Placement:
         self._jobs: dict[JobId, Known] = {}
         self._refused: dict[JobId, tuple[object, Unplaced]] = {}
         self._prepared: dict[JobId, tuple[float, spares.Prepared]] = {}  # when, and for which losses
+        self._left = LeftGroups()
 
     def know(self, job_id: JobId, submission: Submission, found: Identification) -> None:
         self._jobs[job_id] = Known(submission, found)
@@ -67,6 +69,15 @@ class Placement:
         """Those of them that are connected, with all that is known of them."""
         return cluster_view(self._sessions, nodes, self._learner.speeds.learned(), self._mtbf_s)
 
+    def view_for(self, job_id: JobId, nodes: Collection[NodeId]) -> ClusterView:
+        """The same as this running job sees it, which may have left a group that had become slow."""
+        view = self.view(nodes)
+        return replace(view, learned=self._left.over(view.learned, job_id))
+
+    def left(self, job_id: JobId, plan: Plan, step_s: float) -> None:
+        """The job gives up the group of this plan, whose steps took so long lately."""
+        self._left.note(job_id, plan, step_s)
+
     def learned_of(self, node_id: NodeId) -> dict[str, object]:
         """What finished jobs have taught about a node, for people."""
         return self._learner.speeds.of_node(node_id)
@@ -75,6 +86,7 @@ class Placement:
         self._jobs.pop(job_id, None)
         self._refused.pop(job_id, None)
         self._prepared.pop(job_id, None)
+        self._left.forget(job_id)
 
     async def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
         """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement.
@@ -95,7 +107,7 @@ class Placement:
     async def prepare(self, job_id: JobId, plan: Plan, nodes: tuple[NodeId, ...], now_s: float) -> None:
         """Plan for the losses of a running job, in a thread; nothing when that is done and nothing has changed since,
         or changed just now. `nodes`: its own and those it could have beside them."""
-        known, view = self._jobs.get(job_id), self.view(nodes)
+        known, view = self._jobs.get(job_id), self.view_for(job_id, nodes)
         if known is None or len(view.nodes) < len(nodes):
             return
         last = self._prepared.get(job_id)
@@ -135,7 +147,7 @@ class Placement:
             return refused[1]
         try:
             beforehand = self._planned_beforehand(job_id, idle, holders, previous)
-            placed = beforehand or self._place(known, idle, willing, holders, previous)
+            placed = beforehand or self._place(job_id, known, idle, willing, holders, previous)
         except Exception as error:  # one job that the planner cannot take must not hold up all others
             log.exception("the planner failed", job=job_id)
             return _broken(f"the planner failed: {type(error).__name__}: {error}", "see the coordinator's log")
@@ -151,10 +163,11 @@ class Placement:
         last = self._prepared.get(job_id)
         if last is None or previous is None:
             return None
-        return last[1].plan_for(previous, self.view(idle), holders)
+        return last[1].plan_for(previous, self.view_for(job_id, idle), holders)
 
     def _place(
         self,
+        job_id: JobId,
         known: Known,
         idle: tuple[NodeId, ...],
         willing: tuple[NodeId, ...],
@@ -162,7 +175,7 @@ class Placement:
         previous: str | None,
     ) -> Plan | Unplaced:
         spec, found, learner = known.submission.spec, known.found, self._learner
-        view = self.view(idle)
+        view = self.view_for(job_id, idle)
         try:
             if previous is not None:
                 return planner.replan(previous, spec, found.profile, found.data, view, learner.table, holders=holders)

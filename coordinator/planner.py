@@ -20,7 +20,7 @@ from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, L
 from protos.states import Activity
 from qtable.backoff import deviations, residuals
 from qtable.policy import BAND, FAR, Arm, Ledger, choose
-from qtable.probing import REPEAT_DEVIATION, belief
+from qtable.probing import REPEAT_DEVIATION, belief, expected_loss_s
 from qtable.state import Observation, StateKey
 from qtable.table import QTable
 from strategies.base import NOT_BUILT, Inputs, PlacedEstimate
@@ -95,7 +95,6 @@ def plan(
         plan_of(considered, choice.action, choice.reason, choice.propensity, plan_id),
         trials=choice.trials,
         trial_steps=choice.trial_steps,
-        expected_loss_s=choice.expected_loss_s,
         explored_loss_s=choice.charge_s,
     )
 
@@ -246,7 +245,7 @@ def consider(inputs: Inputs, table: QTable) -> Consideration:
 def predicted(inputs: Inputs, candidate: Candidate, estimate: PlacedEstimate, arm: Arm, best_s: float) -> Candidate:
     """The candidate with what is predicted of it; `best_s`: of the quickest one."""
     ratio = arm.seconds / best_s
-    far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR else ()
+    far = (f"predicted {ratio:.1f} times the best: never explored",) if ratio > FAR and not arm.measured else ()
     steps = estimate.steps or assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     apart = left_out(inputs) if len(estimate.placements) > 1 else ()
     return replace(
@@ -281,6 +280,7 @@ def _forced(considered: Consideration, strategy: str, why: str, plan_id: PlanId 
 def plan_of(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
     inputs, placed = considered.inputs, considered.placed[strategy]
     subtasks = BUILT[StrategyName(strategy)].decompose(inputs, placed)
+    beliefs = {name: belief(arm, considered.residuals[name]) for name, arm in considered.arms.items()}
     return Plan(
         id=plan_id or new_plan_id(),
         strategy=strategy,
@@ -293,6 +293,7 @@ def plan_of(considered: Consideration, strategy: str, why: str, propensity: floa
         propensity=propensity,
         parameters=inputs.profile.parameters,
         steps=placed.steps,
+        expected_loss_s=expected_loss_s(strategy, beliefs),
         layout=placed.layout,
         links=placed.links,
         cost_model_version=COST_MODEL_VERSION,

@@ -17,6 +17,7 @@ from coordinator.store.protocol import Store
 from qtable.backoff import residuals
 from qtable.evaluate import Decided, Evaluation
 from qtable.replay import key_of
+from qtable.state import ACTIONS
 
 _PAGE = 1000
 
@@ -84,7 +85,8 @@ def _watch(tally: Evaluation, kind: str, payload: Mapping[str, Any], made: Learn
     if kind not in (DECISION, *LESSONS) or payload["cost_model_version"] != made.table.cost_model_version:
         return
     if kind == DECISION:
-        feasible = [each for each in payload["candidates"] if each["feasible"] and each["seconds"] is not None]
+        of_actions = [each for each in payload["candidates"] if each["strategy"] in ACTIONS]  # and of no single node
+        feasible = [each for each in of_actions if each["feasible"] and each["seconds"] is not None]
         learned = residuals(made.table, key_of(payload["state"]))
         corrections = {
             str(each["strategy"]): 0.0 if each.get("measured") else learned[str(each["strategy"])] for each in feasible

@@ -34,6 +34,7 @@ from strategies.survival import efficiency
 
 HOPELESS = 2.5  # what waits is only predicted, and may itself turn out half as slow again
 MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
+AS_IT_IS = "as it is"  # beside another plan of the same strategy
 MOST_TRYING = 6  # changes, after which no new trials begin
 
 
@@ -101,8 +102,9 @@ def review(
             and _can_begin(considered, standing, spec.strategy)
             and left * standing.step_s > switch_s
         ):
-            return _changed(considered, spec.strategy, f"{spec.strategy}, as the job file asks, now that it can be")
-        return _other_of_the_same(considered, standing, left, switch_s) or stays
+            message = f"{spec.strategy}, as the job file asks, now that it can be"
+            return Verdict(message, plan_of_way(considered, arms, spec.strategy, message))
+        return _other_of_the_same(considered, standing, arms, left, switch_s) or stays
     waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
     if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
         return Verdict(f"{running.strategy} is being tried")
@@ -112,8 +114,7 @@ def review(
         waiting, steps = found.trials if found.action != now else (), found.trial_steps
     if waiting and left * standing.step_s > 2 * switch_s:
         message = f"tries {said(considered, waiting[0])} for {steps} steps"
-        plan = plan_of_way(considered, waiting[0], message)
-        return Verdict(message, replace(plan, trials=waiting, trial_steps=steps))
+        return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
     for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
         if name == now:
             break
@@ -121,12 +122,9 @@ def review(
         worth = worth_switching(arms[now].seconds - expected_s, switch_s)
         if worth and _clearly(standing, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
-            return _changed(considered, name, f"{said(considered, name)} instead of {said(considered, now)}: {against}")
-    return _other_of_the_same(considered, standing, left, switch_s) or stays
-
-
-def _changed(considered: Consideration, way: str, message: str) -> Verdict:
-    return Verdict(message, plan_of_way(considered, way, message))
+            message = f"{said(considered, name)} instead of {said(considered, now)}: {against}"
+            return Verdict(message, plan_of_way(considered, arms, name, message))
+    return _other_of_the_same(considered, standing, arms, left, switch_s) or stays
 
 
 def _next_trials(
@@ -189,7 +187,9 @@ def _may_win(action: str, arms: Mapping[str, Arm], residuals: Mapping[str, float
     return hoped.median_s * math.exp(-2 * hoped.deviation) < known_s
 
 
-def _other_of_the_same(considered: Consideration, standing: Standing, left: int, switch_s: float) -> Verdict | None:
+def _other_of_the_same(
+    considered: Consideration, standing: Standing, arms: Mapping[str, Arm], left: int, switch_s: float
+) -> Verdict | None:
     """The same strategy over other nodes or cut otherwise: a node has come, or one is slower than it was.
 
     What runs is slower than was predicted by some factor; a group of the same nodes and more would be, too.
@@ -205,17 +205,20 @@ def _other_of_the_same(considered: Consideration, standing: Standing, left: int,
     expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
     step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
     comparable = running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered
-    if standing.own <= set(placed.nodes):
-        if comparable:
-            step_s *= max(1.0, standing.step_s / running.estimate.step_s)
-        clearly = step_s * (1 + BAND) < standing.step_s
-    else:
-        clearly = _clearly(standing, step_s, placed.cost.basis.remembered)
+    if standing.own <= set(placed.nodes) and comparable:
+        step_s *= max(1.0, standing.step_s / running.estimate.step_s)
+    clearly = step_s * (1 + BAND) < standing.step_s
     if not clearly or not worth_switching(left * (standing.step_s - step_s), switch_s):
         return None
     names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
     message = f"{_said(names, standing.own, placed.nodes)}: {_against(step_s, standing.step_s)}"
-    return Verdict(message, planner.plan_of(considered, running.strategy, message, 1.0, None))
+    arm = considered.arms[running.strategy]
+    arms = {
+        **arms,
+        AS_IT_IS: arms.get(running.strategy, arm),
+        running.strategy: Arm(left * step_s, step_s, left, arm.deviation, True),
+    }
+    return Verdict(message, plan_of_way(considered, arms, running.strategy, message))
 
 
 def _said(names: dict[NodeId, str], own: Collection[NodeId], planned: Collection[NodeId]) -> str:

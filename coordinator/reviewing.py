@@ -18,7 +18,6 @@ from coordinator.control.state import JobView
 from coordinator.controller import Controller
 from coordinator.job_folder import JobFolders
 from coordinator.learning import Learner, usual_step_s
-from coordinator.left_groups import LeftGroups
 from coordinator.placement import Placement
 from coordinator.planner import REGROUP_S
 from coordinator.reliability import Reliability
@@ -80,7 +79,6 @@ class Reviewer:
         self._clock = clock
         self._since: dict[JobId, tuple[Fence, float]] = {}  # when a group was first seen running
         self._looks: dict[JobId, Look] = {}
-        self._left = LeftGroups()
 
     async def run(self) -> None:
         """Until cancelled: one job after the other, so that at most one thread reviews."""
@@ -97,7 +95,6 @@ class Reviewer:
         for known in (self._since, self._looks):
             for job_id in known.keys() - jobs.keys():
                 del known[job_id]
-        self._left.keep(jobs)
         for job in list(jobs.values()):
             try:
                 standing = await self._standing(job)
@@ -132,16 +129,15 @@ class Reviewer:
         if known is None or (left is not None and left * standing.step_s < REGROUP_S and not standing.trying):
             return  # nothing that could be saved would be worth a change
         nodes = among(self._controller.state, self._controller.state.jobs[job_id])
-        view = self._placement.view(nodes)
+        view = self._placement.view_for(job_id, nodes)
         if not nodes or len(view.nodes) < len(nodes):
             return
         if not due(self._looks.get(job_id), standing, view, self._clock()):
             return
         await self._learner.catch_up(self._store)  # of trials before this one
-        view = self._placement.view(nodes)
+        view = self._placement.view_for(job_id, nodes)
         self._looks[job_id] = Look(self._clock(), standing, view)
         spec, found, table = known.submission.spec, known.found, copy.deepcopy(self._learner.table)
-        view = replace(view, learned=self._left.over(view.learned, job_id, self._clock()))
         verdict = await asyncio.to_thread(review, standing, spec, found.profile, found.data, view, table)
         await self._perform(job_id, standing, verdict)
 
@@ -153,7 +149,7 @@ class Reviewer:
                 if said != verdict.message:  # asked again soon
                     self._looks[job_id] = replace(self._looks[job_id], refused=True)
                 else:
-                    self._left.note(job_id, standing.plan, standing.step_s, self._clock())
+                    self._placement.left(job_id, standing.plan, standing.step_s)
             elif verdict.over:
                 await self._controller.post(e.Settled(job_id, standing.fence))
         except HiveError as error:

@@ -62,6 +62,30 @@ class Learned:
     models: Mapping[tuple[NodeId, str, Work], float] = field(default_factory=dict)
     networks: Mapping[tuple[str, Work], float] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
+    _by_model: dict[tuple[str, Work], dict[NodeId, float]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # both are made when they are asked for
+    _by_family: dict[str, dict[NodeId, dict[Work, Factors]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def of_model(self, model: str, work: Work) -> Mapping[NodeId, float]:
+        """Factor by node."""
+        if self.models and not self._by_model:
+            found: dict[tuple[str, Work], dict[NodeId, float]] = {}
+            for (node_id, name, kind), factor in self.models.items():
+                found.setdefault((name, kind), {})[node_id] = factor
+            self._by_model.update(found)
+        return self._by_model.get((model, work), {})
+
+    def of_family(self, family: str) -> Mapping[NodeId, Mapping[Work, Factors]]:
+        """Factors by node and kind of work."""
+        if self.speeds and not self._by_family:
+            found: dict[str, dict[NodeId, dict[Work, Factors]]] = {}
+            for (node_id, name, kind), factors in self.speeds.items():
+                found.setdefault(name, {}).setdefault(node_id, {})[kind] = factors
+            self._by_family.update(found)
+        return self._by_family.get(family, {})
 
 
 @dataclass(frozen=True, slots=True)

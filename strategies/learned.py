@@ -29,6 +29,7 @@ from strategies.links import link_between, network_between
 if TYPE_CHECKING:
     from strategies.base import Inputs, PlacedEstimate
 
+SEVERAL = 3  # nodes that were off alike, before it is the model's doing
 WORK_OF = {
     StrategyName.SINGLE_NODE: Work.WHOLE,
     StrategyName.DATA_PARALLEL: Work.WHOLE,
@@ -94,52 +95,48 @@ def with_running(learned: Learned, estimate: CostEstimate, step_s: float) -> Lea
 
 def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
     """What is known of this model on each node. Where it never ran: what is known of its family of layers there, times
-    what the model was slower than its family elsewhere. Where no such layers ever ran: what other nodes were off by.
-
-    """
-    learned, model = inputs.cluster.learned, model_key(inputs.profile, inputs.spec.train)
-    own = {node: factor for (node, of, kind), factor in learned.models.items() if (of, kind) == (model, work)}
-    families = {node.node_id: family_of(inputs.profile, node.capacity) for node in inputs.cluster.nodes}
-    elsewhere = {family: _elsewhere(learned, family, work, own) for family in set(families.values())}
+    what the model was slower than its family elsewhere. Where no such layers ever ran: what others were off by."""
+    learned, train = inputs.cluster.learned, inputs.spec.train
+    own = learned.of_model(model_key(inputs.profile, train), work)
     found = {}
-    for node_id, family in families.items():
-        usual, shared = elsewhere[family]
-        known = _of_family(learned, node_id, family, work) or usual
-        found[node_id] = Factors(known.work * shared, known.overhead * shared)
-    return found | {node_id: Factors(factor, factor) for node_id, factor in own.items() if node_id in found}
+    for node in inputs.cluster.nodes:
+        if (factor := own.get(node.node_id)) is not None:
+            found[node.node_id] = Factors(factor, factor)
+            continue
+        of_family = learned.of_family(family_of(inputs.profile, node.capacity))
+        known = {each: _at(kinds, work) for each, kinds in of_family.items()}
+        here = known.get(node.node_id) or Factors(
+            several(each.work for each in known.values()), several(each.overhead for each in known.values())
+        )
+        speed = cost.speed(inputs.profile, node.capacity, train)
+        most_is_work = speed.seconds_per_sample * train.batch_size > speed.overhead_s
+        shared = several(
+            factor / ((part.work if most_is_work else part.overhead) if (part := known.get(each)) else 1.0)
+            for each, factor in own.items()
+        )
+        found[node.node_id] = Factors(here.work * shared, here.overhead * shared)
+    return found
 
 
-def _elsewhere(learned: Learned, family: str, work: Work, own: Mapping[NodeId, float]) -> tuple[Factors, float]:
-    """What to expect of a family of layers where it never ran, and of a model, `own`, beyond its family."""
-    nodes = {node for node, of, _ in learned.speeds if of == family}
-    known = {node: found for node in nodes if (found := _of_family(learned, node, family, work)) is not None}
-    usual = Factors(_next(each.work for each in known.values()), _next(each.overhead for each in known.values()))
-    return usual, _next(factor / _both(known.get(node, Factors())) for node, factor in own.items())
-
-
-def _next(seen: Iterable[float]) -> float:
-    """The factor to expect of one more node. That one was off is its own doing; that several were, and by about as
-    much, is the model's: the mean logarithm, drawn to 0 the more the nodes differ (positive-part James-Stein)."""
-    logarithms = [math.log(factor) for factor in seen]
-    if len(logarithms) < 2 or not (mean := fmean(logarithms)):
+def several(seen: Iterable[float]) -> float:
+    """The factor to expect of one more node. That one or two were off is their own doing; that several were, and by
+    about as much, is the model's: their mean logarithm, less the share that nodes which differ so much would have by
+    chance, (s^2 / n) / mean^2. What is 1 was never learned, and says nothing."""
+    logarithms = [math.log(factor) for factor in seen if factor != 1.0]
+    if len(logarithms) < SEVERAL:
         return 1.0
-    kept = max(0.0, 1.0 - variance(logarithms) / len(logarithms) / mean**2)
-    return math.exp(kept * mean)
+    mean = fmean(logarithms)
+    by_chance = variance(logarithms) / len(logarithms) / mean**2 if mean else 1.0
+    return math.exp(max(0.0, 1.0 - by_chance) * mean)
 
 
-def _both(known: Factors) -> float:
-    """One factor for both parts: one that was never learned is 1 and says nothing."""
-    return geometric_mean([part for part in (known.work, known.overhead) if part != 1.0] or [1.0])
-
-
-def _of_family(learned: Learned, node_id: NodeId, family: str, work: Work) -> Factors | None:
+def _at(kinds: Mapping[Work, Factors], work: Work) -> Factors:
     """Else of the family at other kinds of work, so that a way that was never tried looks no better only because the
     node is slower than when it joined."""
-    known = {kind: found for kind in Work if (found := learned.speeds.get((node_id, family, kind))) is not None}
-    if work in known or not known:
-        return known.get(work)
+    if work in kinds:
+        return kinds[work]
     return Factors(
-        geometric_mean(each.work for each in known.values()), geometric_mean(each.overhead for each in known.values())
+        geometric_mean(each.work for each in kinds.values()), geometric_mean(each.overhead for each in kinds.values())
     )
 
 

@@ -14,11 +14,21 @@ from qtable.prior import load_prior
 JOB, OTHER = JobId("j-1"), JobId("j-2")
 
 
-def at(now_s: float, left: LeftGroups, learned: Learned, job_id: JobId = JOB) -> Verdict:
+class Held(LeftGroups):
+    """At a time that the test says."""
+
+    now_s = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(lambda: self.now_s)
+
+
+def at(now_s: float, left: Held, learned: Learned, job_id: JobId = JOB) -> Verdict:
     """Of a job that runs on one node, having left the pair."""
     spec, alone = started(*PAIR, profile=CLEAR, strategy="single_node")
     standing = Standing(alone, Fence(2), 200, 100, alone.estimate.step_s, changes=1)
-    view = ClusterView(PAIR, learned=left.over(learned, job_id, now_s))
+    left.now_s = now_s
+    view = ClusterView(PAIR, learned=left.over(learned, job_id))
     free, _ = started(*PAIR, profile=CLEAR)
     assert spec.train == free.train
     return review(standing, free, CLEAR, DATA, view, load_prior().table())
@@ -27,10 +37,10 @@ def at(now_s: float, left: LeftGroups, learned: Learned, job_id: JobId = JOB) ->
 def test_the_last_step_of_a_group_that_was_left_counts_for_that_job_and_not_for_ever() -> None:
     _, made = started(*PAIR, profile=CLEAR)
     assert made.strategy == "data_parallel"
-    usually, left = taught(made, 1.0), LeftGroups()
+    usually, left = taught(made, 1.0), Held()
     back = at(0.0, left, usually)
     assert back.plan is not None and back.plan.strategy == "data_parallel", "its lesson says that it is quick"
-    left.note(JOB, made, 8 * made.estimate.step_s, 0.0)
+    left.note(JOB, made, 8 * made.estimate.step_s)
     assert at(HOLD_S - 1, left, usually).plan is None
     assert at(HOLD_S + 1, left, usually).plan is not None
     other = at(1.0, left, usually, OTHER)
@@ -39,16 +49,18 @@ def test_the_last_step_of_a_group_that_was_left_counts_for_that_job_and_not_for_
 
 def test_what_is_left_again_is_held_for_twice_as_long() -> None:
     _, made = started(*PAIR, profile=CLEAR)
-    usually, left = taught(made, 1.0), LeftGroups()
+    usually, left = taught(made, 1.0), Held()
     for now_s in (0.0, 1000.0):
-        left.note(JOB, made, 8 * made.estimate.step_s, now_s)
+        left.now_s = now_s
+        left.note(JOB, made, 8 * made.estimate.step_s)
     assert at(1000.0 + 2 * HOLD_S - 1, left, usually).plan is None
     assert at(1000.0 + 2 * HOLD_S + 1, left, usually).plan is not None
 
 
 def test_ended_jobs_are_forgotten() -> None:
     _, made = started(*PAIR, profile=CLEAR)
-    left = LeftGroups()
-    left.note(JOB, made, 1.0, 0.0)
-    left.keep([OTHER])
-    assert left.over(Learned(), JOB, 1.0) == Learned()
+    left = Held()
+    left.note(JOB, made, 1.0)
+    assert left.over(Learned(), JOB) != Learned()
+    left.forget(JOB)
+    assert left.over(Learned(), JOB) == Learned()

@@ -10,7 +10,7 @@ import pytest
 from test_planner import DATA, job, model, node
 
 from coordinator.control.shape import shape_of
-from coordinator.planner import plan
+from coordinator.planner import plan, replan
 from coordinator.review import HOPELESS, MOST_CHANGES, MOST_TRYING, Standing, Verdict, review
 from protos.ids import Fence
 from protos.jobspec import JobSpec
@@ -279,3 +279,16 @@ def test_short_jobs_and_clear_cases_have_no_trials() -> None:
     assert started(*PAIR, profile=CLOSE, **PLAIN)[1].trials == ()
     far = model(50_000_000, 1e7)
     assert started(*PAIR, profile=far, train={"batch_size": 64, "steps": 20_000}, **PLAIN)[1].trials == ()
+
+
+def test_what_a_change_may_cost_if_it_is_wrong_and_what_it_was_weighed_against_is_in_the_plan() -> None:
+    alike = (node("a"), node("b"))
+    spec, made = started(*alike, profile=CLOSE, train={"batch_size": 64, "steps": 200_000}, nodes={"max": 1}, **PLAIN)
+    (first,) = shape_of(made).nodes
+    verdict = reviewed(spec, made, *alike, profile=CLOSE, slower=1.0)
+    assert verdict.plan is not None and verdict.plan.expected_loss_s > 0
+    rows = {each.strategy: each for each in verdict.plan.candidates}
+    assert rows[f"single_node on {first}"].measured and not rows["single_node"].measured
+    assert rows["single_node"].nodes != rows[f"single_node on {first}"].nodes == (first,)
+    dear = replan("data_parallel", job(), CLEAR, DATA, ClusterView(PAIR), load_prior().table())
+    assert dear.expected_loss_s > 0

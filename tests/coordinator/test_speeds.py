@@ -294,7 +294,8 @@ def test_predicted_and_measured_stand_beside_each_other() -> None:
     [
         ((), 1.0),
         ((2.0,), 1.0),
-        ((2.0, 2.0), 2.0),
+        ((2.0, 2.0), 1.0),
+        ((2.0, 2.0, 2.0), 2.0),
         ((0.5, 0.5, 0.5), 0.5),
         ((2.0, 0.5), 1.0),
         ((3.0, 1.0, 0.4), 1.0),
@@ -316,10 +317,10 @@ def test_what_several_nodes_were_off_by_is_the_models_doing_and_what_one_was_off
 
 
 def test_a_model_that_is_slower_than_its_family_on_several_nodes_is_so_on_the_next() -> None:
-    spec, names = job(), [NodeId("n0"), NodeId("n1")]
+    spec, names = job(), [NodeId("n0"), NodeId("n1"), NodeId("n2")]
     key = model_key(PROFILE, spec.train)
     learned = Learned(
-        {(name, "matmul", Work.WHOLE): Factors(1.5, 1.0) for name in (*names, NodeId("a"))},
+        {(name, "matmul", Work.WHOLE): Factors(1.5, 4.0) for name in (*names, NodeId("a"))},
         {(name, key, Work.WHOLE): 3.0 for name in names},
     )
     found = factors(Inputs(spec, PROFILE, DATA, ClusterView(CLUSTER.nodes, learned=learned)), Work.WHOLE)
