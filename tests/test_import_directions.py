@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import subprocess
 import sys
@@ -27,9 +28,19 @@ def sources(room: str) -> list[Path]:
     return sorted(path for path in (ROOT / room).rglob("*.py") if "gen" not in path.parts)
 
 
+def parsed(path: Path) -> ast.Module:
+    """Python 3.11.7 and before fail where a garbage collection in between formats a traceback, which parses, too
+    (python/cpython#106905)."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import, also inside functions; `from a import b` gives both a and a.b."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
