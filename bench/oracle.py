@@ -209,7 +209,7 @@ def _run(stage: Stage, office: LanCluster, found: Measured, name: str, file: Pat
     try:
         job = json.loads(office.hive("wait", job_id, "-o", "json", check=False, deadline_s=deadline_s).stdout)["job"]
     except subprocess.TimeoutExpired:
-        office.hive("cancel", job_id)
+        office.hive("cancel", job_id, check=False)  # it may have ended just now
         office.wait(job_id)
         job = {"state": "CANCELLED", "message": f"over {deadline_s:.0f} s: given up"}
     if job["state"] != "SUCCEEDED":

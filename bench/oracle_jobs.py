@@ -32,7 +32,7 @@ MODELS: tuple[Workload, ...] = (
     replace(CNN, batch=512, steps=220),
     replace(CNN, name="CNN of 32 channels", args={"channels": 32}, batch=256, steps=150),
     replace(GPT_SMALL, steps=60),
-    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=20),
+    replace(GPT_MEDIUM, name="GPT 13 M", args=GPT_WIDE, batch=4, steps=40),
     replace(LSTM, batch=64, steps=60),
 )
 STRATEGIES = ("single_node", "data_parallel", "pipeline_parallel", "model_parallel")

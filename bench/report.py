@@ -134,6 +134,18 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def markdown(findings: Sequence[Finding]) -> str:
+    """The same as a table of Markdown, without notes; what could not be measured is a row, too."""
+    lines = ["| figure | value | interval | gate |", "|---|---|---|---|"]
+    for finding in findings:
+        for _, name, value, interval, gate, verdict, _ in (_row(finding.name, figure) for figure in finding.figures):
+            said = {"": "", "pass": f"{gate}, met", "FAIL": f"{gate}, **not met**"}[verdict]
+            lines.append(f"| {name} | {value} | {interval} | {said} |")
+        if finding.error:
+            lines.append(f"| {finding.name} | not measured | | {finding.error.splitlines()[0][:200]} |")
+    return "\n".join(lines)
+
+
 def _row(benchmark: str, figure: Figure) -> tuple[str, str, str, str, str, str, str]:
     interval = "" if figure.low is None or figure.high is None else f"{_short(figure.low)} .. {_short(figure.high)}"
     verdict = {None: "", True: "pass", False: "FAIL"}[figure.passed]

@@ -3,7 +3,7 @@
 The planner is the real one, the truth is not its formulas (bench/sim_truth.py), the oracle runs every plan. Regret is
 the time of a job over that of the oracle's plan, less one; trials, changes and slower steps are part of the time.
 Progress goes to stderr, the table to stdout; exit code 1 when a gate fails, a --quick run judges nothing.
-docs/benchmarks.md says how to read it.
+docs/benchmarks.md says how to read it, `--markdown` prints the rows that stand there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if not __package__:  # run as a script: what is imported lies beside this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench.paired import percentile
-from bench.report import Bound, Figure, Finding, Gate, document, table
+from bench.report import Bound, Figure, Finding, Gate, document, markdown, table
+from bench.sim_decisions import NOTHING, Decision, decisions, figures_of_decisions
 from bench.sim_play import Coordinator, Plans, Played, Way, every_plan, job_s, oracle_s, play, predicted_best_s
 from bench.sim_tables import Case, fixed, literal
 from bench.sim_truth import Truth
@@ -38,6 +39,7 @@ CLUSTERS, LEARNING_WORLDS = 5000, 100
 JOBS, JUDGED = 200, 25  # of a learning world, and how many of the last ones are held against the oracle
 LEARNING_NODES = 5  # at most
 LONGEST_MIN = 30.0
+DECIDING_WORLDS = 4  # in which decisions are timed
 QUICK_CLUSTERS, QUICK_WORLDS, QUICK_JOBS = 60, 4, 40
 
 
@@ -59,13 +61,6 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    seconds: float
-    nodes: int
-    stages: bool  # were looked for
-
-
-@dataclass(frozen=True, slots=True)
 class Learned:
     """A world after its jobs: those that were judged, and of all jobs what exploring was predicted to have cost."""
 
@@ -77,13 +72,14 @@ class Learned:
 def day_one(number: int) -> tuple[list[Run], list[Decision]]:
     found = world(f"{SEED}/day/{number}")
     one = job(random.Random(f"{SEED}/day/{number}/job"), fastest_flops(found))
-    plans, runs, decisions = every_plan(found, one), [], []
+    plans, runs, decided = every_plan(found, one), [], []
     for sigma in SIGMAS:
         truth = Truth(found, sigma)
         played = {Way.PROBES: play(truth, one, Way.PROBES, Coordinator(), random.Random(f"{SEED}/{number}/{sigma}"))}
-        decisions.append(Decision(played[Way.PROBES].decision_s, len(found.hidden), not one.profile.why_not_cut))
+        took_s = played[Way.PROBES].decision_s
+        decided.append(Decision(took_s, len(found.hidden), not one.profile.why_not_cut, NOTHING))
         runs.append(_run(truth, one, played, plans, again=False))
-    return runs, decisions
+    return runs, decided
 
 
 def after_jobs(number: int, count: int) -> list[Learned]:
@@ -130,21 +126,23 @@ def _short_of_memory(found: World, played: Played) -> int:
     return sum(need > granted[node] for group in played.groups for node, need in group.memory_bytes.items())
 
 
-def figures_of_day_one(runs: Sequence[Run], decisions: Sequence[Decision]) -> list[Figure]:
+def figures_of_day_one(runs: Sequence[Run]) -> list[Figure]:
     found = []
     for sigma in SIGMAS:
         here = [run for run in runs if run.sigma == sigma]
         cases, name = [run.case for run in here], f"day one, sigma {sigma:g}"
         gated = sigma == SIGMAS[1]
+        longest = Gate(Bound.BELOW, 40.0) if gated else None
         found += [
             _regret(f"{name}: literal zero table", literal(cases, 1)),
             _regret(f"{name}: best fixed action of each cell", fixed(cases)),
             _regret(f"{name}: always the best single node", [run.alone for run in here if run.alone < float("inf")]),
             _regret(f"{name}: epsilon-greedy over all feasible actions", [_drawn(run) for run in here]),
             _regret(f"{name}: cost model only", [run.model for run in here], Gate(Bound.BELOW, 9.0) if gated else None),
+            _tail(f"{name}: cost model only, p95", [run.model for run in here], longest),
             _regret(f"{name}: with probes", _of(here, Way.PROBES), Gate(Bound.BELOW, 2.0) if gated else None),
             _regret(f"{name}: with probes, among the strategies' best plans", _among_actions(here, Way.PROBES)),
-            _tail(f"{name}: with probes, p95", _of(here, Way.PROBES), Gate(Bound.BELOW, 40.0) if gated else None),
+            _tail(f"{name}: with probes, p95", _of(here, Way.PROBES), longest),
         ]
     sigma = SIGMAS[1]
     short = sum(run.short_of_memory for run in runs)
@@ -153,23 +151,6 @@ def figures_of_day_one(runs: Sequence[Run], decisions: Sequence[Decision]) -> li
     shares = ", ".join(f"{name} {wins.count(name) / len(wins):.0%}" for name in sorted(set(wins)))
     found.append(Figure("day one: jobs that begin with trials", 100 * tried, "%", note=f"winners: {shares}"))
     found.append(Figure("day one: out of memory", short, gate=Gate(Bound.EXACTLY, 0)))
-    for stages, limit_ms in ((False, 50.0), (True, 2000.0)):
-        times = [1e3 * each.seconds for each in decisions if each.nodes == 8 and each.stages == stages]
-        if times:
-            kind = "with" if stages else "without"
-            low, high = percentile(times, 0.5), max(times)
-            gate = Gate(Bound.BELOW, limit_ms)
-            found.append(
-                Figure(
-                    f"a decision, 8 nodes, {kind} search for stages",
-                    percentile(times, 0.99),
-                    "ms",
-                    low,
-                    high,
-                    gate,
-                    "p99; median .. most",
-                )
-            )
     return found
 
 
@@ -233,14 +214,24 @@ def simulate(clusters: int, worlds: int, count: int) -> list[Finding]:
         started = time.perf_counter()
         days = list(_shown(pool.map(day_one, range(clusters), chunksize=5), clusters, "clusters"))
         runs = [run for found, _ in days for run in found]
-        first = figures_of_day_one(runs, [decision for _, found in days for decision in found])
+        first = figures_of_day_one(runs)
         middle = time.perf_counter()
         order = _shown(pool.map(after_jobs, range(worlds), [count] * worlds), worlds, "worlds")
         second = figures_after_jobs([learned for each in order for learned in each], count)
+        deciding = time.perf_counter()
+        numbers = range(min(worlds, DECIDING_WORLDS))
+        decided = [decision for _, found in days for decision in found]
+        timed = _shown(
+            pool.map(decisions, numbers, [count] * len(numbers), [SEED] * len(numbers)),
+            len(numbers),
+            "worlds of decisions",
+        )
+        third = figures_of_decisions([*decided, *(decision for found in timed for decision in found)])
         ended = time.perf_counter()
     return [
         Finding("day one", tuple(first), seconds=middle - started),
-        Finding("learned", tuple(second), seconds=ended - middle),
+        Finding("learned", tuple(second), seconds=deciding - middle),
+        Finding("decisions", tuple(third), seconds=ended - deciding),
         Finding("all", (Figure("whole run", (ended - started) / 60, "min", gate=Gate(Bound.BELOW, LONGEST_MIN)),)),
     ]
 
@@ -259,11 +250,12 @@ def main() -> int:
     parser.add_argument("--clusters", type=int, default=CLUSTERS)
     parser.add_argument("--worlds", type=int, default=LEARNING_WORLDS)
     parser.add_argument("--jobs", type=int, default=JOBS)
+    parser.add_argument("--markdown", action="store_true", help="the table as docs/benchmarks.md has it")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     sizes = (QUICK_CLUSTERS, QUICK_WORLDS, QUICK_JOBS) if asked.quick else (asked.clusters, asked.worlds, asked.jobs)
     findings = simulate(*sizes)
-    print(table(findings))
+    print(markdown(findings) if asked.markdown else table(findings))
     print(f"{sum(finding.seconds for finding in findings):.0f} s")
     if asked.json:
         options = {"clusters": sizes[0], "worlds": sizes[1], "jobs": sizes[2], "seed": SEED}

@@ -15,12 +15,13 @@ from coordinator import learning
 from coordinator.blobs import BlobStore
 from coordinator.cluster import nobody
 from coordinator.control import events as e
-from coordinator.control.state import Generation, JobView
+from coordinator.control.state import AttemptView, Generation, JobView
 from coordinator.controller import Controller
 from coordinator.decompose import Inputs, decompose
 from coordinator.identification import Identifier, Refusal
 from coordinator.job_folder import JobFolders
 from coordinator.learning import Learner
+from coordinator.memory_needs import running_out
 from coordinator.peers import Peers
 from coordinator.placement import Placement
 from coordinator.records import Attempt, Job
@@ -37,7 +38,8 @@ from protos.ids import JobId, NodeId
 from protos.log import Log
 from protos.plan import Identification
 from protos.states import TERMINAL_JOB_STATES, AttemptState, Reason
-from protos.work import Checkpoints, Resume
+from protos.work import Checkpoints, Fault, Resume
+from strategies.memory import granted_bytes
 
 log = Log("hive.coordinator.effects")
 
@@ -86,6 +88,7 @@ class Effects:
                 self._sessions.send(node_id, pb.CoordinatorMessage(stop=stop))
             case e.CloseRendezvous(job_id, fence):
                 self._background(self._rendezvous.close(job_id, fence))
+                self._background(self._caught_up())  # the next group is planned with what this one has taught
             case e.Finish(job_id):
                 self._stop_identifying(job_id)
                 self._background(self._finish(job_id))
@@ -169,6 +172,9 @@ class Effects:
         self._placement.forget(job_id)
         self._tracebacks.pop(job_id, None)
         self.controller.forget(job_id)
+        await self._caught_up()
+
+    async def _caught_up(self) -> None:
         await self._learner.catch_up(self._store)
 
     def take_up(self) -> None:
@@ -195,6 +201,10 @@ class Effects:
                 writes.append(await self._left(after.job_id, after.left))
             except Exception:  # whatever a node said of it, the job must go on
                 log.exception("a group teaches nothing", job=after.job_id)
+        try:
+            writes += self._out_of_memory(before, after)
+        except Exception:  # as above
+            log.exception("running out of memory teaches nothing", job=after.job_id)
         planned = before.plan.id if before is not None and before.plan is not None else None
         if after.plan is not None and known is not None and planned != after.plan.id:
             replanned = after.fence > 1
@@ -234,8 +244,35 @@ class Effects:
         payload = learning.outcome_payload(left.plan, measured)
         return AppendEvent(learning.TRIAL, job_id, None, payload)
 
+    def _out_of_memory(self, before: JobView | None, after: JobView) -> list[Write]:
+        """An event for each rank of the group before this change whose memory did not suffice, as this change says.
+
+        A plan counts on a GPU's memory where there is one: a worker that its node ended for what it took of the main
+        memory says nothing of that."""
+        now: JobView | Generation = after.left or after
+        if before is None or before.plan is None or before.fence != now.fence:
+            return []
+        known = {attempt.rank for attempt in before.attempts if ran_out(attempt)}
+        writes: list[Write] = []
+        for attempt in now.attempts:
+            capacity = self.controller.capacity(attempt.node_id)
+            if capacity is None or attempt.rank in known or (fault := ran_out(attempt)) is None:
+                continue
+            if capacity.gpus and fault.blame is Blame.POLICY:
+                continue
+            lesson = running_out(before.plan, attempt.node_id, granted_bytes(capacity))
+            if lesson is not None:
+                writes.append(AppendEvent(learning.OUT_OF_MEMORY, after.job_id, attempt.node_id, lesson))
+        return writes
+
     def names(self) -> dict[NodeId, str]:
         return {node_id: node.name for node_id, node in self.controller.state.nodes.items()}
+
+
+def ran_out(attempt: AttemptView) -> Fault | None:
+    """The fault of an attempt that ended because its memory did not suffice."""
+    fault = attempt.outcome.fault if attempt.outcome is not None else None
+    return fault if fault is not None and fault.reason is Reason.OUT_OF_MEMORY else None
 
 
 __all__ = ["Effects"]

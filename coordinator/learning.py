@@ -6,7 +6,8 @@ learner applies each once, in the order of seq, and keeps a snapshot that only s
 T_meas = startup + transfer + evaluation + planned steps * usual step. It is scaled to the planned steps, so pauses,
 checkpoints and lost steps do not count. Every group that gave way to another plan is a `trial` event of the same form,
 the last one of a job its `outcome`. It teaches nothing (`counted` false, with the reason) when it was lost, or made
-too few steps for one that began in the middle of a job. The ledger is credited with its time all the same.
+too few steps for one that began in the middle of a job. The ledger is credited with its time all the same. A rank that
+ran out of memory is an `out_of_memory` event.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from strategies.usual_step import usual
 DECISION = "decision"
 OUTCOME = "outcome"
 TRIAL = "trial"
+OUT_OF_MEMORY = "out_of_memory"  # of a rank: for the speeds alone, the table and its snapshot do not know it
 LESSONS = (OUTCOME, TRIAL)
 KINDS = (DECISION, *LESSONS, qtable_events.IMPORT, qtable_events.RESET)
 KINDS_OF_A_JOB = (DECISION, *LESSONS)
+KINDS_OF_SPEEDS = (*LESSONS, OUT_OF_MEMORY, qtable_events.RESET)
 LEAST_STEPS = 10  # of a group that took over from another one
 _PAGE = 1000
 _AROUND = ("startup", "transfer", "evaluation")
@@ -305,20 +308,21 @@ class Learner:
         return read
 
     async def _catch_up_speeds(self, store: Store) -> None:
-        while page := await store.events(self._speeds_seq, None, (*LESSONS, qtable_events.RESET), _PAGE):
+        while page := await store.events(self._speeds_seq, None, KINDS_OF_SPEEDS, _PAGE):
             for event in page:
                 self.apply_speed(event.seq, event.kind, json.loads(event.payload_json))
 
     def apply_speed(self, seq: int, kind: str, payload: Mapping[str, Any]) -> None:
-        """What an event of KINDS says of speeds, in the order of seq."""
+        """What an event of KINDS_OF_SPEEDS says, in the order of seq; others say nothing."""
         self._speeds_seq = seq
         if kind == qtable_events.RESET:
             self.speeds = Speeds()
-        elif kind in LESSONS:
+        elif kind in KINDS_OF_SPEEDS:
             try:
-                self.speeds.apply(payload)
+                teach = self.speeds.ran_out if kind == OUT_OF_MEMORY else self.speeds.apply
+                teach(payload)
             except Exception as error:  # as in `apply`
-                self._passed_over(f"outcome {seq} taught no speed", error)
+                self._passed_over(f"{kind} {seq} taught no speed", error)
 
     def blank(self) -> Learner:
         """One of the same log and prior that has learned nothing and has no snapshot: for reading the log beside
@@ -345,7 +349,9 @@ class Learner:
 __all__ = [
     "DECISION",
     "KINDS",
+    "KINDS_OF_SPEEDS",
     "OUTCOME",
+    "OUT_OF_MEMORY",
     "TRIAL",
     "Learner",
     "Measured",

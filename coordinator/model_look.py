@@ -15,6 +15,7 @@ from coordinator.identify.confine import identify_path
 from protos.errors import SpecError
 from protos.jobspec import ModelSpec, entry_point
 from protos.model import ModelProfile
+from strategies.hugging_face import INDEX_FILE
 
 if TYPE_CHECKING:
     from coordinator.bundle import Bundle, HashProgress
@@ -35,7 +36,11 @@ class Subject:
 
     @classmethod
     def of(cls, text: str) -> Subject:
-        """Of PATH or FILE.py:FUNCTION; a file of that very name comes first."""
+        """Of PATH or FILE.py:FUNCTION; a file of that very name comes first. The index of weights in several files is
+        the directory that holds them."""
+        path = Path(text)
+        if path.name == INDEX_FILE and path.is_file():
+            return cls(path.parent)
         point = entry_point(text)
         if point is None or Path(text).exists():
             return cls(Path(text))

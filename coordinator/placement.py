@@ -141,7 +141,8 @@ class Placement:
             return _broken("what was found out about its model cannot be read by this version", "submit it again")
         capacities = tuple(self._sessions[n].capacity for n in idle if n in self._sessions)
         away = tuple((each.node_id, each.doing) for each in self._away())
-        situation = (idle, willing, holders, capacities, away, dict(self._sessions.unanswered))
+        unanswered, memory = dict(self._sessions.unanswered), self._learner.speeds.learned().memory
+        situation = (idle, willing, holders, capacities, away, unanswered, memory)
         refused = self._refused.get(job_id)
         if refused is not None and refused[0] == situation:
             return refused[1]

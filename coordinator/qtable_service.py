@@ -84,11 +84,6 @@ class QTableService(qtable_pb2_grpc.QTableServicer):
                 f"this coordinator predicts with {ours.cost_model_version}",
                 "run the same version of hive on both sides, and export again",
             )
-        if table.origin == ours.origin:
-            raise Conflict(
-                "the table was exported from this very coordinator, whose log has it all",
-                "hive qtable rebuild reads that log again",
-            )
         brought = {origin: part for origin, part in table.contributions().items() if ours.lacks(origin, part.seq)}
         return qtable_events.table_import(brought, table.cost_model_version, name, by), brought
 

@@ -2,8 +2,9 @@
 
 Owns averages of ln(measured / predicted) and what planners make of them (protos.plan.Learned): per node, family of
 layers and kind of work; per node, model and kind of work; per network and kind of work; and the step that a combination
-of job and placement took. docs/planner.md says how a prediction is put together. Refuses outcomes that teach nothing
-and those of another cost model. Bounded: what was not seen for longest is forgotten.
+of job and placement took. What models need of memory is learned in coordinator/memory_needs.py, from the same events.
+docs/planner.md says how a prediction is put together. Refuses outcomes that teach nothing and those of another cost
+model. Bounded: what was not seen for longest is forgotten.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, TypeVar
 
+from coordinator.memory_needs import MemoryNeeds, used_bytes
 from protos.ids import NodeId
 from protos.plan import Factors, Learned, Plan, RankCost, Work
 from protos.work import Usage
@@ -27,7 +29,7 @@ NOTICEABLE = 0.02  # of a step: shorter waits say nothing about a network
 FULL = 0.9  # of its cap: a rank that used more in a step was held up by it
 LEAST_STAGE = 0.25  # of what ranks compute on average: a stage with less says nothing about the model's other layers
 LEAST_SHARE = 0.1  # of a predicted part that is left when the other part explains all that was measured
-MOST_KEYS = 10_000  # of each kind
+MOST_KEYS = 2_500  # of each kind: what planners read of them is put together anew after every outcome
 
 K = TypeVar("K")
 
@@ -58,6 +60,7 @@ class Speeds:
     _models: dict[tuple[str, str, str], Average] = field(default_factory=dict)
     _networks: dict[tuple[str, str], Average] = field(default_factory=dict)
     _steps: dict[str, Average] = field(default_factory=dict)
+    _memory: MemoryNeeds = field(default_factory=MemoryNeeds)
     _made: Learned | None = None
 
     def apply(self, payload: Mapping[str, Any]) -> bool:
@@ -80,7 +83,14 @@ class Speeds:
         key_of_steps = str(basis["combination"])
         known = self._steps.get(key_of_steps, Average())
         _put(self._steps, key_of_steps, known.with_(math.log(step_s), first=1.0))
+        for used in payload.get("memory", ()):  # not there in events of older versions
+            self._memory.ended_well(used)
         return True
+
+    def ran_out(self, payload: Mapping[str, Any]) -> bool:
+        """A worker ran out of memory; as `apply`."""
+        self._made = None
+        return self._memory.ran_out(payload)
 
     def _rank(self, rank: Mapping[str, Any], work: str, model: str) -> None:
         node, measured_s = str(rank["node"]), float(rank["measured_s"])
@@ -118,6 +128,7 @@ class Speeds:
             {(NodeId(node), model, Work(work)): each.factor for (node, model, work), each in self._models.items()},
             {(network, Work(work)): each.factor for (network, work), each in self._networks.items()},
             {combination: each.factor for combination, each in self._steps.items()},
+            dict(self._memory.factors),
         )
 
     def of_node(self, node_id: NodeId) -> dict[str, Any]:
@@ -157,6 +168,7 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
             "remembered": basis.remembered,
         },
         "ranks": [_compared(rank, usage) for rank, usage in pairs if rank.compute_s >= least_of_model_s],
+        "memory": used_bytes(plan, usages),
     }
     name = plan.coordination_plan.network
     capped = name != LOOPBACK and any(_at_its_cap(rank, usage) for rank, usage in pairs)

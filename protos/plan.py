@@ -27,6 +27,7 @@ class NodeView:
     activity: Activity
     reason: str = ""
     mtbf_s: float | None = None  # mean time between losses of this node; None: it is never lost, as far as is known
+    memory_factor: float = 1.0  # what a model asked about needed of memory, times what is predicted beyond the reserve
 
     @property
     def usable(self) -> bool:
@@ -55,13 +56,15 @@ class Learned:
 
     `speeds`: by node, family of layers and kind of work; `models`: by node, model and kind of work, better known where
     it exists; `networks`: factor on the time of transfers, by network and kind of work; `steps`: seconds of a step that
-    was measured, by the whole combination of job and placement.
+    was measured, by the whole combination of job and placement; `memory`: factor on what is predicted beyond the
+    workers' reserve, by family of layers, where one ran out of it.
     """
 
     speeds: Mapping[tuple[NodeId, str, Work], Factors] = field(default_factory=dict)
     models: Mapping[tuple[NodeId, str, Work], float] = field(default_factory=dict)
     networks: Mapping[tuple[str, Work], float] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
     _by_model: dict[tuple[str, Work], dict[NodeId, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )  # both are made when they are asked for
@@ -137,6 +140,7 @@ class RankCost:
     family: str = ""  # of layers, in which it spends most of the time
     learned: Factors = Factors()
     cores: float = 0.0  # its share of what its node grants; 0: not known
+    memory_factor: float = 1.0  # learned, and in what is predicted for its node
 
 
 @dataclass(frozen=True, slots=True)

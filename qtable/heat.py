@@ -7,12 +7,14 @@ of n rewards with the spread that their variance, shrunk towards that of the nei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 from qtable.backoff import deviations
+from qtable.contribution import Contribution
 from qtable.policy import BAND
+from qtable.ranks import RANKS
 from qtable.state import ACTIONS, SHAPE, StateKey
 from qtable.table import QTable
 
@@ -38,10 +40,11 @@ def named(key: StateKey) -> dict[str, str]:
 
 def cells(table: QTable) -> Iterator[dict[str, Any]]:
     """Every cell, as JSON. `best` is the action with the highest Q: of an average job; a job's own prediction comes on
-    top when it is planned."""
+    top when it is planned. `ranked`: of the `n` visits, those that stand for the order in an old table."""
+    ordered = [part for origin, part in table.parts.items() if origin.startswith(RANKS)]
     for key in (StateKey(*each) for each in product(*(range(size) for size in SHAPE[:4]))):
         spread = deviations(table, key)
-        actions = {action: _action(table, key, action, spread[action]) for action in ACTIONS}
+        actions = {action: _action(table, key, action, spread[action], ordered) for action in ACTIONS}
         best = max(ACTIONS, key=lambda action: (table.value(key, action), ACTIONS.index(action)))
         yield {
             "key": list(key),
@@ -53,7 +56,9 @@ def cells(table: QTable) -> Iterator[dict[str, Any]]:
         }
 
 
-def _action(table: QTable, key: StateKey, action: str, spread: float) -> dict[str, Any]:
+def _action(
+    table: QTable, key: StateKey, action: str, spread: float, ordered: Sequence[Contribution]
+) -> dict[str, Any]:
     index = (*key, ACTIONS.index(action))
     visits = table.visits(key, action)
     return {
@@ -61,6 +66,7 @@ def _action(table: QTable, key: StateKey, action: str, spread: float) -> dict[st
         "Q0": float(table.q0[index]),
         "residual": float(table.q[index] - table.q0[index]),
         "n": visits,
+        "ranked": int(sum(part.n[index] for part in ordered)),
         "mean": float(table.mean[index]),
         "M2": float(table.m2[index]),
         "deviation": table.deviation(key, action),

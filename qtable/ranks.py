@@ -18,6 +18,7 @@ from qtable.backoff import PRIOR_DEVIATION
 from qtable.contribution import Array, Contribution
 from qtable.state import ACTIONS, SHAPE
 
+RANKS = "ranks-"  # the origin of such a contribution begins with it
 STEP = 0.05  # of log time, from one rank to the next: from the first of five to the last 20 %
 CELLS = SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3]
 
@@ -62,4 +63,4 @@ def contribution(ranks: Ranks) -> Contribution:
 def origin_of(ranks: Ranks) -> str:
     """By what it says: the same order imported again, here or elsewhere, is the same contribution."""
     canonical = json.dumps(sorted((cell, list(row)) for cell, row in ranks.items()))
-    return f"ranks-{hashlib.sha256(canonical.encode()).hexdigest()[:32]}"
+    return f"{RANKS}{hashlib.sha256(canonical.encode()).hexdigest()[:32]}"

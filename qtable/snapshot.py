@@ -132,6 +132,8 @@ def load(path: Path) -> Loaded:
         if best is None or table.last_seq > best[0].last_seq:
             best = (table, ledger, generation)
     also = f"; passed over {'; '.join(passed_over)}" if passed_over else ""
+    if best is None and not passed_over:
+        return Loaded(None, Ledger(), None, "no snapshot yet: nothing learned, unless the log says so")
     if best is None:
         return Loaded(None, Ledger(), None, f"no usable snapshot at {path}{also}")
     return Loaded(best[0], best[1], best[2], f"{best[2].name} at event {best[0].last_seq}{also}")

@@ -1,7 +1,8 @@
 """The two update rules, as functions of numbers.
 
-`q_learning` is the plain rule. What is stored follows `corrected`: a job's end is terminal, so nothing is bootstrapped,
-and the value moves towards the frozen prior plus what the prediction was wrong by.
+`q_learning` is the plain rule. What is stored follows `corrected`: every group's time is scaled to the whole job, so
+nothing is left to be bootstrapped from what comes next (docs/qtable.md), and the value moves towards the frozen prior
+plus what the prediction was wrong by.
 """
 
 from __future__ import annotations

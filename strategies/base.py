@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -51,9 +51,24 @@ class Inputs:
         asked with the rates that finished jobs have taught."""
         if strategy not in self._answers:
             answer = compute(learned.corrected(self, strategy))
-            known = answer if isinstance(answer, tuple) else learned.remembered(self, strategy, answer)
+            if isinstance(answer, tuple):
+                known: Answer = self._why_memory(strategy, compute) or answer
+            else:
+                known = learned.remembered(self, strategy, answer)
             self._answers[strategy] = known
         return self._answers[strategy]
+
+    def _why_memory(self, strategy: StrategyName, compute: Callable[[Inputs], Answer]) -> tuple[str, ...]:
+        """Reasons beside what such models were seen to need of memory: those of the predictions as they are, so that
+        they name what is predicted and granted; what was seen, when that alone stands against it."""
+        families = {learned.family_of(self.profile, node.capacity) for node in self.eligible}
+        needed = {name: factor for name, factor in self.cluster.learned.memory.items() if name in families}
+        if not needed:
+            return ()
+        plain = replace(self, cluster=replace(self.cluster, learned=replace(self.cluster.learned, memory={})))
+        reasons = reasons_of(compute(learned.corrected(plain, strategy)))
+        times = " and ".join(f"{factor:.2f} times the memory predicted for {name}" for name, factor in needed.items())
+        return reasons or (f"fits as predicted, but jobs that ran out of memory before needed {times} layers",)
 
     def options(self, strategy: StrategyName) -> StrategyOptions:
         """What the job file asks of this strategy; everything left open when it names another or none."""

@@ -94,7 +94,7 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
 
 def _member(inputs: Inputs, node: NodeView) -> _Member | None:
     train = inputs.spec.train
-    largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, RANKS, train.batch_size)
+    largest = largest_micro_batch(inputs.profile, train.optimizer, node, RANKS, train.batch_size)
     if largest == 0:
         return None
     cap = train.batch_size if train.accumulate == "auto" else min(train.batch_size, largest * train.accumulate)

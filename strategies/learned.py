@@ -25,6 +25,7 @@ from protos.model import ModelProfile
 from protos.plan import Basis, ClusterView, CostEstimate, Factors, Learned, NodeView, Work
 from strategies import cost
 from strategies.links import link_between, network_between
+from strategies.memory import expected_bytes
 
 if TYPE_CHECKING:
     from strategies.base import Inputs, PlacedEstimate
@@ -45,6 +46,8 @@ def corrected(inputs: Inputs, strategy: StrategyName) -> Inputs:
         return inputs
     known = factors(inputs, work)
     nodes = tuple(_corrected(node, known[node.node_id]) for node in inputs.cluster.nodes)
+    if learned.memory:
+        nodes = tuple(replace(node, memory_factor=memory_factor(inputs, node)) for node in nodes)
     links = {**inputs.cluster.links, **_links(inputs.cluster, work)}
     return replace(inputs, cluster=replace(inputs.cluster, nodes=nodes, links=links))
 
@@ -60,9 +63,18 @@ def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -
             cores=nodes[rank.node_id].capacity.cores / here[rank.node_id],
             family=family_of(inputs.profile, nodes[rank.node_id].capacity),
             learned=known[rank.node_id],
+            memory_factor=memory_factor(inputs, nodes[rank.node_id]),
         )
         for rank in estimate.ranks
     )
+    if inputs.cluster.learned.memory:
+        memory = {
+            node_id: expected_bytes(
+                need, 1 if nodes[node_id].capacity.gpus else here[node_id], memory_factor(inputs, nodes[node_id])
+            )
+            for node_id, need in estimate.memory_bytes.items()
+        }
+        estimate = replace(estimate, memory_bytes=memory)
     key = combination(inputs, strategy, placed)
     learned = inputs.cluster.learned
     step_s = learned.steps.get(key)
@@ -73,6 +85,12 @@ def remembered(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -
     steps = cost.assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     seconds = max(0.0, estimate.seconds + steps * (step_s - estimate.step_s))
     return replace(placed, cost=replace(estimate, seconds=seconds, step_s=step_s, ranks=ranks, basis=basis))
+
+
+def memory_factor(inputs: Inputs, node: NodeView) -> float:
+    """What models of its family needed of memory, times what was predicted, where one ran out of it."""
+    known = inputs.cluster.learned.memory
+    return known.get(family_of(inputs.profile, node.capacity), 1.0) if known else 1.0
 
 
 def with_running(learned: Learned, estimate: CostEstimate, step_s: float) -> Learned:

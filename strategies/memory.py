@@ -8,6 +8,7 @@ from __future__ import annotations
 from protos.capacity import Capacity
 from protos.jobspec import OptimizerSpec
 from protos.model import ModelProfile
+from protos.plan import NodeView
 from strategies.blocks import blocks_of
 
 SHARE = 0.85
@@ -33,10 +34,22 @@ def bytes_per_parameter(optimizer: OptimizerSpec) -> int:
     return 8 + _STATE_BYTES.get(optimizer.name, 8) + momentum + amsgrad
 
 
-def budget_bytes(capacity: Capacity) -> float:
-    """What a plan may use: of the first granted GPU when there is one, else of the granted main memory."""
-    granted = capacity.gpus[0].memory_bytes if capacity.gpus else capacity.memory_bytes
-    return SHARE * granted
+def granted_bytes(capacity: Capacity) -> int:
+    """Of the first granted GPU when there is one, else of the main memory."""
+    return capacity.gpus[0].memory_bytes if capacity.gpus else capacity.memory_bytes
+
+
+def budget_bytes(node: NodeView) -> float:
+    """What predictions for a plan may add up to there. Where more was needed than predicted, so much less beyond the
+    reserve, which is always the same."""
+    budget = SHARE * granted_bytes(node.capacity)
+    return min(budget, RESERVE_BYTES + (budget - RESERVE_BYTES) / node.memory_factor)
+
+
+def expected_bytes(predicted: int, workers: int, factor: float) -> int:
+    """A prediction of `workers` that share a memory, as it turned out for such models."""
+    reserve = workers * RESERVE_BYTES
+    return int(reserve + factor * (predicted - reserve)) if predicted > reserve else predicted
 
 
 def worker_bytes(
@@ -102,13 +115,13 @@ def recomputed_sample_bytes(profile: ModelProfile) -> float:
 def largest_micro_batch(
     profile: ModelProfile,
     optimizer: OptimizerSpec,
-    capacity: Capacity,
+    node: NodeView,
     ranks: int,
     wanted: int,
     recompute: bool = False,
 ) -> int:
     """At most `wanted`; 0 when not even one sample fits."""
-    budget = budget_bytes(capacity)
+    budget = budget_bytes(node)
     if worker_bytes(profile, optimizer, wanted, ranks, recompute) <= budget:
         return wanted
     gradients = GRADIENT_BYTES * profile.parameters

@@ -93,7 +93,7 @@ def _candidates(inputs: Inputs) -> Iterator[PlacedEstimate]:
 def _whole_everywhere(inputs: Inputs) -> bool:
     optimizer = inputs.spec.train.optimizer
     nodes = [node for group in groups(inputs) for node in group.nodes]
-    return all(largest_micro_batch(inputs.profile, optimizer, node.capacity, 2, 1) for node in nodes)
+    return all(largest_micro_batch(inputs.profile, optimizer, node, 2, 1) for node in nodes)
 
 
 def _why_no_tensor(inputs: Inputs) -> str:
@@ -115,10 +115,10 @@ def _last_reasons(inputs: Inputs) -> tuple[str, ...]:
     if inputs.spec.train.batch_size < (asked.ranks or 2):
         return (f"a batch of {inputs.spec.train.batch_size} samples has none for each of {asked.ranks or 2} ranks",)
     need = shard_bytes(inputs, ranks) + sample_bytes(inputs.profile)
-    roomiest = max(nodes, key=lambda node: budget_bytes(node.capacity))
+    roomiest = max(nodes, key=budget_bytes)
     return (
         f"needs {gib(need)} for each of {ranks} shards and one sample, {SHARE:.0%} of what {roomiest.name} grants is "
-        f"{gib(budget_bytes(roomiest.capacity))}",
+        f"{gib(budget_bytes(roomiest))}",
     )
 
 

@@ -147,7 +147,7 @@ def _unit(inputs: Inputs, segments: Segments, node: NodeView) -> Unit:
     capacity = node.capacity
     seconds = segments.sums(cost.layer_seconds(inputs.profile, capacity))
     passes = segments.sums(cost.layer_passes(inputs.profile, capacity))
-    return Unit(node, Host(seconds, cost.stretched_s(PASS_S, capacity), budget_bytes(capacity), passes))
+    return Unit(node, Host(seconds, cost.stretched_s(PASS_S, capacity), budget_bytes(node), passes))
 
 
 def _slots(inputs: Inputs, units: Sequence[Unit], replicas: int) -> list[tuple[Unit, ...]]:
@@ -247,8 +247,8 @@ def _last_reasons(inputs: Inputs, segments: Segments) -> tuple[str, ...]:
     table = stage_bytes(segments, least, 1)
     pieces = [float(table[k, k + 1]) for k in range(segments.count)]
     nodes = [node for group in groups(inputs) for node in group.nodes]
-    roomiest = max(nodes, key=lambda node: budget_bytes(node.capacity))
-    budget = budget_bytes(roomiest.capacity)
+    roomiest = max(nodes, key=budget_bytes)
+    budget = budget_bytes(roomiest)
     largest = max(range(segments.count), key=lambda k: pieces[k])
     share = f"{SHARE:.0%}"
     if pieces[largest] > budget:
@@ -256,7 +256,7 @@ def _last_reasons(inputs: Inputs, segments: Segments) -> tuple[str, ...]:
             f"the piece that ends with {segments.names[largest]} needs {gib(pieces[largest])} on its own, {share} of "
             f"what {roomiest.name} grants is {gib(budget)}",
         )
-    granted = max(sum(ranks_of(node) * budget_bytes(node.capacity) for node in group.nodes) for group in groups(inputs))
+    granted = max(sum(ranks_of(node) * budget_bytes(node) for node in group.nodes) for group in groups(inputs))
     whole = float(table[0, -1])
     if whole > granted:
         return (f"all stages need {gib(whole)} together, {share} of what the nodes grant is {gib(granted)}",)

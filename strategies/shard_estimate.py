@@ -41,7 +41,7 @@ def virtual(inputs: Inputs, units: Sequence[NodeView], network: str) -> Ranks | 
         here = ranks.here
         after = shard_bytes(inputs, ranks.count + 1) + sample_bytes(inputs.profile)
         room = {
-            node.node_id: budget_bytes(node.capacity) - (here[node.node_id] + 1) * after
+            node.node_id: budget_bytes(node) - (here[node.node_id] + 1) * after
             for node in ranks.nodes
             if not node.capacity.gpus and here[node.node_id] < MOST_RANKS_PER_NODE
         }

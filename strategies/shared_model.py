@@ -31,7 +31,7 @@ class Ranks:
 
     def room(self, node: NodeView) -> float:
         """Of one rank: a GPU has its own memory, ranks of a node without one share it."""
-        return budget_bytes(node.capacity) / (1 if node.capacity.gpus else self.here[node.node_id])
+        return budget_bytes(node) / (1 if node.capacity.gpus else self.here[node.node_id])
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,11 +56,11 @@ def _answer(inputs: Inputs) -> Answer:
 def memory_reason(inputs: Inputs, nodes: Sequence[NodeView], ranks: int) -> str:
     """Why the model does not even fit the roomiest of the nodes, in numbers."""
     train = inputs.spec.train
-    node = max(nodes, key=lambda node: budget_bytes(node.capacity))
+    node = max(nodes, key=budget_bytes)
     micro = 1 if train.accumulate == "auto" else math.ceil(train.batch_size / train.accumulate)
     need = worker_bytes(inputs.profile, train.optimizer, micro if ranks == 1 else 1, ranks, recompute=ranks == 1)
     what = f"{micro} samples at a time" if micro > 1 and ranks == 1 else "one sample at a time"
-    return f"needs {gib(need)} for {what}, 85 % of what {node.name} grants is {gib(budget_bytes(node.capacity))}"
+    return f"needs {gib(need)} for {what}, 85 % of what {node.name} grants is {gib(budget_bytes(node))}"
 
 
 def micro_batches(inputs: Inputs, samples: int, largest: int) -> int:
@@ -76,7 +76,7 @@ def _fitting(inputs: Inputs) -> list[_Fit]:
     fitting = []
     for node in inputs.eligible:
         for recompute in (False, True):
-            largest = largest_micro_batch(inputs.profile, train.optimizer, node.capacity, 1, wanted, recompute)
+            largest = largest_micro_batch(inputs.profile, train.optimizer, node, 1, wanted, recompute)
             if largest == wanted or (largest > 0 and train.accumulate == "auto"):
                 fitting.append(_Fit(node, largest, recompute))
                 break

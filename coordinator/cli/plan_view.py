@@ -223,6 +223,8 @@ def _corrections(row: Mapping[str, Any]) -> str:
         work, overhead = factors.get("work", 1.0), factors.get("overhead", 1.0)
         if (work, overhead) != (1.0, 1.0):
             said.append(f"{node} takes {work:.2f} times as long ({rank.get('family')}, each pass {overhead:.2f})")
+        if (memory := rank.get("memory_factor") or 1.0) != 1.0:
+            said.append(f"{node} needs {memory:.2f} times the memory of the formulas ({rank.get('family')})")
     if basis.get("remembered"):
         modelled = human_seconds(basis.get("modelled_step_s"))
         said.append(f"this very job ran before: its step is taken instead of {modelled} by the formulas")

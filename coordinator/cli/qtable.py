@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _SURE, _FAIR = 0.8, 0.5  # confidence, in colours
 _LEGEND = (
-    "LEARNED: how much longer or shorter a job takes than predicted (visits). BEST is for an average job of the state; "
-    "a job's own predictions come on top"
+    "LEARNED: how much longer or shorter a job takes than predicted (visits; rank: of an old table). BEST is for an "
+    "average job of the state; a job's own predictions come on top"
 )
 
 
@@ -71,8 +71,11 @@ def _coloured(line: str, cell: dict[str, Any]) -> str:
 def _row(cell: dict[str, Any]) -> list[object]:
     best = cell["actions"][cell["best"]]
     learned = [
-        f"{action} {_percent(each['residual'])} ({each['n']})" for action, each in cell["actions"].items() if each["n"]
+        f"{action} {_percent(each['residual'])} ({_visits(each)})"
+        for action, each in cell["actions"].items()
+        if each["n"]
     ]
+    jobs = best["n"] - best["ranked"]
     state = cell["state"]
     return [
         state["complexity"],
@@ -81,10 +84,16 @@ def _row(cell: dict[str, Any]) -> list[object]:
         state["latency"],
         cell["best"],
         f"{best['Q']:+.3f}",
-        best["n"],
-        f"{best['confidence']:.0%}" if best["n"] else "prior",
+        jobs,
+        f"{best['confidence']:.0%}" if jobs else "prior",
         ", ".join(learned),
     ]
+
+
+def _visits(action: dict[str, Any]) -> str:
+    """Visits, and beside them the rank that an old table gave: it weighs like a visit and is none."""
+    jobs, ranked = action["n"] - action["ranked"], action["ranked"]
+    return ", ".join([str(jobs)] * (jobs > 0) + ["rank"] * (ranked > 0))
 
 
 def _percent(residual: float) -> str:
@@ -145,7 +154,7 @@ def import_(file: Path, as_json: bool) -> None:
     for each in new:
         click.echo(f"imported {_amount(each)} from {each['origin'][:22]}")
     if not new:
-        click.echo("nothing new: what it holds was imported before")
+        click.echo("nothing new: what it holds was imported before, or comes from this coordinator itself")
 
 
 def _read(file: Path) -> bytes:

@@ -7,14 +7,16 @@ expressions count by the example they were exported with. A node identifies a pr
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator.identify.archive import Archive
+from coordinator.identify.archive import Archive, open_archive
 from coordinator.identify.exported_graph import ITEM_BYTES, ExportedGraph, Value, read_graph, read_value
 from coordinator.identify.layers import Description, Layer, describe, family_of_layers, task_of_class
+from coordinator.identify.pickle_file import refuse_harmful
 from coordinator.identify.tensors import (
     MAX_NAME_CHARACTERS,
     MAX_TENSORS,
@@ -42,6 +44,8 @@ _COMPILED = (
 _PROGRAM, _OLD_PROGRAM = "models/model.json", "serialized_exported_program.json"
 _WEIGHTS = "data/weights/model_weights_config.json"
 _AGAIN = "write it again with torch.export.save"
+_SAVED = ".pt"  # what torch.save wrote beside the program: example inputs, and weights that are no plain tensors
+_MAX_SAVED_BYTES = 16 * 1024 * 1024
 
 
 def matches(names: frozenset[str]) -> bool:
@@ -50,6 +54,7 @@ def matches(names: frozenset[str]) -> bool:
 
 def read(archive: Archive) -> ModelProfile:
     """The profile of a .pt2 file of any kind. Raises SpecError (MODEL_UNUSABLE)."""
+    _check_saved(archive)
     old = _OLD_PROGRAM in archive.leaves
     if not old and _PROGRAM not in archive.leaves:
         return foreign("pytorch", "pt2", archive.size, _COMPILED)
@@ -71,6 +76,19 @@ def read(archive: Archive) -> ModelProfile:
     elif not stored:
         found.notes.append("a parameter that the program uses under two names counts twice: the file does not say so")
     return describe(found)
+
+
+def _check_saved(archive: Archive) -> None:
+    """Raises SpecError for a harmful pickle beside the program: torch.export.load would read it."""
+    for name, entry in archive.entries.items():
+        if name.endswith(_SAVED) and entry.file_size <= _MAX_SAVED_BYTES:
+            content = archive.read(name, _MAX_SAVED_BYTES)
+            if content.startswith(b"PK"):
+                inner = open_archive(io.BytesIO(content), len(content))
+                for pickled in (each for each in inner.entries if each.endswith("data.pkl")):
+                    refuse_harmful(io.BytesIO(inner.read(pickled, _MAX_SAVED_BYTES)))
+            else:
+                refuse_harmful(io.BytesIO(content))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from coordinator.identify import hugging_face_folder, onnx_file, saved_model
 from coordinator.identify.folder import Folder
-from coordinator.identify.tensors import WHAT_HIVE_TRAINS, foreign, unusable
+from coordinator.identify.tensors import WHAT_HIVE_TRAINS, complexity_told, foreign, unusable
 from protos.model import ModelProfile
 
 _NAMES_SHOWN = 5
@@ -40,7 +40,8 @@ def identify(folder: Folder) -> ModelProfile:
     names = frozenset(folder.sizes)
     for reader in READERS:
         if reader.matches(names):
-            return reader.read(folder)
+            return complexity_told(reader.read(folder))
     seen = ", ".join(ascii(name)[1:-1][:80] for name in sorted(names)[:_NAMES_SHOWN])
     why_not = f"no directory of a model hive knows. Name the file in it that is the model. {WHAT_HIVE_TRAINS}"
-    return foreign("unknown", "unknown", folder.total_bytes, why_not, notes=(f"{len(names)} files: {seen}",))
+    notes = (f"{len(names)} files: {seen}",)
+    return complexity_told(foreign("unknown", "unknown", folder.total_bytes, why_not, notes=notes))

@@ -37,9 +37,20 @@ def read(file: BinaryIO, size: int) -> ModelProfile:
     """Raises SpecError for a packed pickle that is damaged or unpacks to more than MAX_UNPACKED_BYTES."""
     file.seek(0)
     if not _begins_like_a_pickle(file):
+        refuse_harmful(file)
         return first_bytes.read(file, size)
     file.seek(0)
     return pickle_file.profile(walk(io.BufferedReader(_Unpacked(file), _BLOCK_BYTES)), "joblib", size)
+
+
+def refuse_harmful(file: BinaryIO) -> None:
+    """Raises SpecError for a harmful pickle of any protocol, packed or not, in a file that no reader knows."""
+    file.seek(0)
+    pickle_file.refuse_harmful(file)
+    file.seek(0)
+    if _unpacker(file.read(8)) is not None:
+        file.seek(0)
+        pickle_file.refuse_harmful(io.BufferedReader(_Unpacked(file), _BLOCK_BYTES))
 
 
 def _begins_like_a_pickle(file: BinaryIO) -> bool:

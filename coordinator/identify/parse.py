@@ -28,7 +28,7 @@ from coordinator.identify import (
     safetensors_header,
     text_file,
 )
-from coordinator.identify.tensors import profile_of, unusable
+from coordinator.identify.tensors import complexity_told, profile_of, unusable
 from protos.model import ModelProfile
 
 HEAD_BYTES = 4096
@@ -42,6 +42,11 @@ class Reader:
     name: str
     matches: Callable[[bytes, int], bool]
     read: Callable[[BinaryIO, int], ModelProfile]
+
+
+def _text(file: BinaryIO, size: int) -> ModelProfile:
+    joblib_stream.refuse_harmful(file)  # a pickle before protocol 2 may be text, and has no beginning of its own
+    return text_file.read(file, size)
 
 
 def starts_with(*magic: bytes) -> Callable[[bytes, int], bool]:
@@ -69,7 +74,7 @@ READERS: tuple[Reader, ...] = (  # the first that matches reads
     Reader("joblib", joblib_stream.looks_like, joblib_stream.read),  # the compressed ones; others are pickles
     Reader("first_bytes", first_bytes.looks_known, first_bytes.read),  # formats that are named and not read
     Reader("pickle", pickle_file.looks_like, pickle_file.read),
-    Reader("text", text_file.looks_like, text_file.read),
+    Reader("text", text_file.looks_like, _text),
 )
 
 
@@ -83,5 +88,6 @@ def identify(file: BinaryIO) -> ModelProfile:
         raise unusable("the model file is empty", "was it written completely? Copy it again")
     for reader in READERS:
         if reader.matches(head, size):
-            return reader.read(file, size)
-    return first_bytes.unknown(head, size)
+            return complexity_told(reader.read(file, size))
+    joblib_stream.refuse_harmful(file)
+    return complexity_told(first_bytes.unknown(head, size))

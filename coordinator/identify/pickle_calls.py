@@ -1,7 +1,7 @@
 """What the constructors that torch and numpy name in pickles would give, told from their arguments; none is called.
 
 Owns the allow-list (what torch's own weights-only reading takes) and numpy's arrays, types and numbers. Anything else
-becomes an `Object`.
+becomes an `Object`, unless pickle_harm refuses it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import struct
 from typing import Any
 
+from coordinator.identify.pickle_harm import RENAMED, check_attribute, check_call_of, check_name
 from coordinator.identify.pickle_values import Array, Blob, DType, Global, Mapping, Object, Storage, Tensor
 from coordinator.identify.tensors import check_shape, unusable
 
@@ -33,16 +34,17 @@ _HARMLESS = {
     ("builtins", "set"), ("builtins", "complex"), ("builtins", "bytearray"), ("builtins", "dict"), ("builtins", "list"),
     ("_codecs", "encode"),
 }  # fmt: skip
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names
 _ARRAYS = {"numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"}
 _NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "b1": "?",
             "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}  # fmt: skip
+_NESTED = Global("torch.storage", "_load_from_bytes")  # a file of torch.save within a plain pickle: not looked into
 _DAMAGED = "the file is damaged: write it again"
 
 
 def global_of(module: str, name: str) -> tuple[Global, bool]:
-    """The record of a name, and whether torch's weights-only reading takes it."""
-    module = _RENAMED.get(module, module)
+    """The record of a name, and whether torch's weights-only reading takes it. Raises SpecError for a harmful one."""
+    check_name(module, name)
+    module = RENAMED.get(module, module)
     if module == "torch" and name in DTYPES:
         return Global("dtype", DTYPES[name]), True
     if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
@@ -54,10 +56,12 @@ def global_of(module: str, name: str) -> tuple[Global, bool]:
 
 
 def call(function: Any, arguments: Any, keywords: Mapping | None = None) -> Any:
-    """What REDUCE or NEWOBJ of this would give, as far as it matters."""
+    """What REDUCE or NEWOBJ of this would give, as far as it matters. Raises SpecError for a harmful call."""
     if not isinstance(arguments, tuple):
         raise ValueError("call without a tuple of arguments")
     if not isinstance(function, Global):
+        if isinstance(function, Object):
+            check_call_of(function.type)
         return Object(Global("pickle", "call of a value"), (function, *arguments))
     match function.module:
         case "torch._utils" if function.name in _REBUILD:
@@ -74,6 +78,8 @@ def call(function: Any, arguments: Any, keywords: Mapping | None = None) -> Any:
             function.name in _SEQUENCES and arguments and isinstance(arguments[0], list | tuple)
         ):
             return list(arguments[0]) if function.name != "Size" else tuple(arguments[0])
+        case "builtins" if function.name == "getattr":
+            return _attribute(function, arguments)
         case "_codecs" if function.name == "encode" and arguments:
             return _encoded(arguments[0])
         case "copyreg" if function.name == "_reconstructor" and arguments and isinstance(arguments[0], Global):
@@ -133,6 +139,17 @@ def storage_of(identity: Any) -> Any:
     return Storage(kind.name, key, elements)
 
 
+def _attribute(function: Global, arguments: tuple[Any, ...]) -> Any:
+    """A nested class by its name, or a record of the attribute of a value: protocols below 4 write both as getattr."""
+    if len(arguments) != 2 or not isinstance(arguments[1], str):
+        raise ValueError("getattr without the name of an attribute")
+    target, name = arguments
+    check_attribute(name)
+    if isinstance(target, Global) and target.module not in ("storage", "dtype"):
+        return global_of(target.module, f"{target.name}.{name}")[0]
+    return Object(function, arguments)
+
+
 def _pairs(pairs: list[Any]) -> Mapping:
     made = Mapping()
     for pair in pairs:
@@ -150,7 +167,9 @@ def _encoded(text: Any) -> bytes | Blob:
     return text.encode("latin-1", "replace") if isinstance(text, str) else b""
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Tensor:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Tensor | Object:
+    if isinstance(storage, Object) and storage.type == _NESTED:
+        return storage
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
         raise ValueError("tensor without storage")
     if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)):

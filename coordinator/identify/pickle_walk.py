@@ -12,8 +12,9 @@ modules and estimators can be looked into, for instance `__torch__.Net` of a Tor
 `walked.value.type.module`, `walked.value.attributes["weight"]`. numpy's arrays come as `Array`, torch's as `Tensor`.
 The raw arrays that joblib puts into the stream are stepped over.
 
-Refused: code registered by number (EXT), data kept outside the file (buffers), more than MAX_OPCODES, and whatever
-does not fit. Parts may be shared and cycles exist: whoever goes through a value keeps count of what it has seen.
+Refused: names that no model needs and an attack does (pickle_harm), code registered by number (EXT), data kept outside
+the file (buffers), more than MAX_OPCODES, and whatever does not fit. Parts may be shared and cycles exist: whoever goes
+through a value keeps count of what it has seen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from coordinator.identify.pickle_calls import array_of, build, call, global_of, storage_of
+from coordinator.identify.pickle_harm import harmful
 from coordinator.identify.pickle_source import Source, TooMuch
 from coordinator.identify.pickle_values import ITEM_BYTES, Array, Blob, DType, Global, Mapping, Object, Storage, Tensor
 from coordinator.identify.tensors import unusable
@@ -204,9 +206,7 @@ class _Machine:
 
     def registered(self, size: int) -> None:
         number = int.from_bytes(self.source.read(size), "little")
-        found = Global("copyreg", f"extension {number}")
-        self.foreign(found)
-        self.push(found)
+        raise harmful(f"code by a number (copyreg extension {number})")
 
 
 def _update(target: Any, values: list[Any]) -> None:

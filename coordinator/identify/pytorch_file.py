@@ -66,9 +66,14 @@ def identify_legacy(file: BinaryIO, size: int) -> ModelProfile:
     return _profile(walked, "pytorch_legacy", size, lambda storage: walked.storages[storage.key].bytes)
 
 
+def is_of_pytorch(walked: Walked) -> bool:
+    """Whether a pickle that torch.save did not write holds something of torch or of a library around it."""
+    return any("torch" in name.module.partition(".")[0] for name in walked.foreign.values())
+
+
 def pickled_objects(walked: Walked, size: int) -> ModelProfile:
-    """A pickle of objects that are no model hive knows: named, and nothing claimed about their inside."""
-    what = _what(walked.foreign.values())
+    """A pickle of torch's objects that are no model hive knows: named, and nothing claimed about their inside."""
+    what = names_of(walked.foreign.values())
     return foreign("pytorch", MODULE, size, PICKLED.format(what=what), architecture=what.partition(",")[0])
 
 
@@ -88,7 +93,7 @@ def _profile(walked: Walked, file_format: str, size: int, stored: Callable[[Stor
     if content.is_checkpoint:
         file_format = "pytorch_checkpoint"
     if walked.foreign:
-        file_format, why_not = CHECKPOINT_WITH_OBJECTS, PICKLED.format(what=_what(walked.foreign.values()))
+        file_format, why_not = CHECKPOINT_WITH_OBJECTS, PICKLED.format(what=names_of(walked.foreign.values()))
     profile = profile_of(
         (tensor.info(name) for name, tensor in content.tensors.items()),
         framework="pytorch",
@@ -128,7 +133,7 @@ def _check_storages(tensors: Iterable[Tensor], stored: Callable[[Storage], int])
             raise unusable("the file stores less than the tensors it lists", _DAMAGED)
 
 
-def _what(names: Iterable[Global]) -> str:
+def names_of(names: Iterable[Global]) -> str:
     """The first few names that a pickle uses, for a sentence."""
     listed = [str(name)[:120] for name in names]
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -25,10 +25,12 @@ _AGAIN = "the file is damaged or was cut short: copy it again or write it again 
 
 
 def looks_like(head: bytes, size: int) -> bool:
-    """True for a plausible header: the length fits in 8 bytes' reach and JSON follows. Truncated files still match."""
+    """True for a header of any length where that is no text and JSON follows. Truncated files still match."""
     if len(head) < 9 or head[8:9] != b"{":
         return False
-    return 2 <= int.from_bytes(head[:8], "little") < max(size * 1024, MAX_HEADER_BYTES)
+    if 2 <= int.from_bytes(head[:8], "little") < max(size * 1024, MAX_HEADER_BYTES):
+        return True
+    return head[8:10] == b'{"' and min(head[:8]) < ord("\t")
 
 
 def read(file: BinaryIO, size: int) -> list[TensorInfo]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from coordinator.identify import numpy_file, sklearn_file
 from coordinator.identify.archive import Archive
+from coordinator.identify.pickle_harm import check_name
 from coordinator.identify.pickle_values import Array, DType, Global, Mapping, Object
 from coordinator.identify.pickle_walk import Walked
 from coordinator.identify.tensors import WHAT_HIVE_TRAINS, foreign, unusable
@@ -82,6 +83,7 @@ class _Schema:
                 return self._array(node, depth)
             case _:
                 name = Global(str(node.get("__module__"))[:200], str(node.get("__class__"))[:200])
+                check_name(name.module, name.name)
                 self._walked.foreign.setdefault(str(name), name)
                 return Object(name, state=self.value(content, depth + 1))
 

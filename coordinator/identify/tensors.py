@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protos.errors import ErrorCode, SpecError
 from protos.model import Family, LayerProfile, ModelProfile, Requirements, base_requirements, complexity_of
@@ -160,6 +160,13 @@ def profile_of(
         why_not=why_not,
         notes=(_said_of(packed),) if packed else (),
     )
+
+
+def complexity_told(profile: ModelProfile) -> ModelProfile:
+    """The same, with the complexity unknown where the parameters are: it is their class."""
+    if "parameters" not in profile.unknown or "complexity" in profile.unknown:
+        return profile
+    return replace(profile, unknown=(*profile.unknown, "complexity"))
 
 
 def _said_of(packed: TensorInfo) -> str:

@@ -19,6 +19,8 @@ from strategies.hugging_face import check_config
 MAX_SOURCE_BYTES = 1024 * 1024
 PYTHON_SOURCE = "python_source"
 HUGGING_FACE = "hugging_face"
+SAFETENSORS_INDEX = "safetensors_index"
+_INDEX = "an index of weights in several files, not the weights: name the directory that it lies in with them"
 
 
 def looks_like(head: bytes, size: int) -> bool:
@@ -45,7 +47,8 @@ def read(file: BinaryIO, size: int) -> ModelProfile:
 
 
 def configuration(source: str, size: int) -> ModelProfile | None:
-    """The config.json of a Hugging Face directory; what else it says is found out on a node, by building it.
+    """The config.json of a Hugging Face directory, or the index of its weights: what else such a directory holds is
+    found out from the directory.
 
     None for other text and JSON. Raises SpecError for a configuration that is refused.
     """
@@ -55,6 +58,8 @@ def configuration(source: str, size: int) -> ModelProfile | None:
         return None
     except RecursionError:
         raise unusable("the JSON is nested too deeply") from None
+    if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
+        return foreign("pytorch", SAFETENSORS_INDEX, size, _INDEX)
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         return None
     check_config(content)

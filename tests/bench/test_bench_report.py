@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bench.paired import Round, compare
-from bench.report import Bound, Figure, Finding, Gate, document, ratio_figures, table
+from bench.report import Bound, Figure, Finding, Gate, document, markdown, ratio_figures, table
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,20 @@ def test_what_could_not_be_measured_has_not_passed() -> None:
     line = table([finding]).splitlines()[2]
     assert "not measured" in line and "FAIL" in line and "more" not in line
     assert document([finding], {})["passed"] is False
+
+
+def test_rows_of_markdown_say_whether_a_gate_is_met() -> None:
+    figures = (
+        Figure("seconds", 99.0, "s", 1.0, 200.0),
+        Figure("lost", 0, gate=Gate(Bound.EXACTLY, 0)),
+        Figure("regret", 3.0, "%", gate=Gate(Bound.BELOW, 2.0)),
+    )
+    lines = markdown(
+        [Finding("all", figures), Finding("traces", (), error="not run: needs a folder\nmore")]
+    ).splitlines()
+    assert lines[2:] == [
+        "| seconds | 99.000 s | 1.000 .. 200.000 |  |",
+        "| lost | 0 |  | = 0, met |",
+        "| regret | 3.000 % |  | < 2, **not met** |",
+        "| traces | not measured | | not run: needs a folder |",
+    ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.replay_public import SETTINGS, predicted, replay
+from bench.replay_public import SETTINGS, left_out, main, predicted, replay, seconds_of, traces
 from bench.replay_traces import Fit, Row, applications, error, fitted
 
 
@@ -47,11 +47,32 @@ def test_traces_are_read_from_a_folder(tmp_path: Path) -> None:
 
 def test_the_hybrid_won_at_fp16_rates_only() -> None:
     """The winner hangs on how fast the GPUs are taken to be: with slower ones the pipeline's bubbles cost more."""
-    fast, slow = (predicted(setting) for setting in SETTINGS[:2])
+    fast, slow = (seconds_of(predicted(setting)) for setting in SETTINGS[:2])
     assert min(fast, key=lambda configuration: fast[configuration]) == (4, 4)
     assert min(slow, key=lambda configuration: slow[configuration]) == (16, 1)
 
 
-def test_a_setting_with_one_configuration_left_has_no_regret_to_show() -> None:
+def test_a_setting_with_one_configuration_left_says_why_the_others_are_no_choice() -> None:
     (setting,) = [each for each in SETTINGS if each.nodes == 32]
-    assert "no choice to judge" in replay(setting).figures[-1].name
+    figures = replay(setting).figures
+    assert "no choice to judge" in figures[-1].name
+    out = [figure for figure in figures if figure.name.endswith("left out")]
+    assert [figure.value for figure in out] == [1.225, 1.475]
+    assert all("not predicted: " in figure.note and len(figure.note) > 40 for figure in out)
+
+
+def test_what_was_measured_and_is_not_asked_is_a_row_with_its_reason() -> None:
+    (tensor,) = [figure for figure in left_out().figures if "tensor" in figure.name]
+    assert (tensor.value, tensor.unit, tensor.passed) == (1.55, "s", None)
+    assert all(figure.note for figure in left_out().figures)
+
+
+def test_a_run_without_the_traces_says_so_and_has_not_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not traces(None).passed
+    monkeypatch.setattr("sys.argv", ["replay_public"])
+    assert main() == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("traces")]
+    assert "FAIL" in line
+    assert "not run: needs --adaptdl FOLDER" in line

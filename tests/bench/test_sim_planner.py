@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
+from bench.sim_decisions import FULL, NODES, NOTHING, Decision, decisions, figures_of_decisions, fill, taught_by
 from bench.sim_planner import after_jobs as learned_after
 from bench.sim_planner import day_one, figures_after_jobs, figures_of_day_one
 from bench.sim_play import Coordinator, Way, as_placed, every_plan, job_s, oracle_s, play
@@ -11,6 +13,7 @@ from bench.sim_tables import Case, fixed, literal
 from bench.sim_truth import Truth
 from bench.sim_world import Job, World, fastest_flops, job, jobs, world
 from coordinator.planner import plan
+from coordinator.speeds import MOST_KEYS, Speeds
 from protos.ids import PlanId
 from qtable.state import StateKey
 
@@ -87,10 +90,47 @@ def test_the_literal_table_stays_behind_the_best_fixed_action() -> None:
 
 
 def test_the_figures_of_a_tiny_run_name_their_gates() -> None:
-    runs, decisions = day_one(0)
-    figures = figures_of_day_one(runs, decisions)
+    runs, decided = day_one(0)
+    assert {each.knowing for each in decided} == {NOTHING}
+    figures = figures_of_day_one(runs)
     assert {str(figure.gate) for figure in figures if figure.gate} >= {"< 9", "< 2", "< 40", "= 0"}
     worlds = learned_after(0, 3)
     figures = figures_after_jobs(worlds, 3)
     assert {str(figure.gate) for figure in figures if figure.gate} >= {"< 2.5", "< 1.5", "< 4", ">= 2.5"}
     assert all(run.regrets[way.value] >= -1e-9 for each in worlds for run in each.runs for way in Way)
+
+
+def test_the_95th_percentile_of_day_one_is_gated_with_probes_and_without() -> None:
+    runs, _ = day_one(0)
+    tails = {figure.name: figure for figure in figures_of_day_one(runs) if figure.name.endswith("p95")}
+    gated = {name for name, figure in tails.items() if str(figure.gate) == "< 40"}
+    assert gated == {"day one, sigma 0.25: cost model only, p95", "day one, sigma 0.25: with probes, p95"}
+    assert len(tails) == 6
+    far = [replace(run, model=0.5) for run in runs]
+    (cost_model,) = (
+        each for each in figures_of_day_one(far) if each.name == "day one, sigma 0.25: cost model only, p95"
+    )
+    assert cost_model.passed is False
+
+
+def test_a_full_table_holds_as_many_keys_of_each_kind_as_are_kept() -> None:
+    speeds = Speeds()
+    fill(speeds)
+    learned = speeds.learned()
+    assert len(learned.models) == len(learned.networks) == len(learned.steps) == MOST_KEYS
+    assert len(learned.speeds) == MOST_KEYS // 2  # work and overhead are two keys of one
+
+
+def test_decisions_are_timed_after_jobs_and_with_a_full_table() -> None:
+    timed = decisions(0, 1, "test", timed=1)
+    assert [each.knowing for each in timed] == [taught_by(1), FULL]
+    assert all(each.seconds > 0 and each.nodes == NODES for each in timed)
+
+
+@pytest.mark.parametrize(("stages", "limit_s"), [(False, 0.05), (True, 2.0)])
+def test_a_slow_decision_fails_its_gate_whatever_was_learned(stages: bool, limit_s: float) -> None:
+    for knowing in (NOTHING, taught_by(200), FULL):
+        for seconds, passed in ((0.9 * limit_s, True), (1.1 * limit_s, False)):
+            (figure,) = figures_of_decisions([Decision(seconds, NODES, stages, knowing)])
+            assert figure.passed is passed
+            assert knowing in figure.name

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from coordinator.identify.confine import identify_files, identify_folder
+from coordinator.identify.confine import identify_file, identify_files, identify_folder
 from coordinator.identify.folder import MAX_SEEN
 from coordinator.identify.open_folder import open_folder
+from coordinator.model_look import Subject, at_bytes
 from protos.errors import ErrorCode, NotFound, SpecError
 from protos.model import Family, ModelProfile
 
@@ -49,13 +50,26 @@ def test_headers_give_exact_parameters_and_the_configuration_the_task(tmp_path: 
     profile = identify(tmp_path)
     assert (profile.framework, profile.format, profile.family) == ("pytorch", "hugging_face", Family.TRANSFORMER)
     assert (profile.parameters, profile.task, profile.trainable) == (64 + 80 + 2, "classification", True)
-    assert profile.dtypes == ("BF16", "F32") and "task" not in profile.unknown
+    assert profile.dtypes == ("BF16", "F32") and not {"task", "parameters", "complexity"} & set(profile.unknown)
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:
     parts = {NAMES[0]: "a.safetensors", NAMES[1]: "b.safetensors", NAMES[2]: "b.safetensors"}
     profile = identify(sharded(tmp_path, parts))
     assert profile.parameters == 146 and len(profile.layers) == 3
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_the_index_is_the_model_of_its_directory(tmp_path: Path, configured: bool) -> None:
+    sharded(tmp_path, {NAMES[0]: "a.safetensors", NAMES[1]: "b.safetensors", NAMES[2]: "b.safetensors"})
+    if not configured:
+        (tmp_path / "config.json").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    profile = asyncio.run(at_bytes(Subject.of(str(index))))
+    assert profile == identify(tmp_path)
+    assert (profile.parameters, profile.format) == (146, "hugging_face" if configured else "safetensors")
+    alone = asyncio.run(identify_file(index))
+    assert (alone.format, alone.trainable) == ("safetensors_index", False) and "name the directory" in alone.why_not
 
 
 @pytest.mark.parametrize(
@@ -81,7 +95,8 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, change: Any, message: str
 
 def test_without_weights_a_node_is_needed_and_pickled_ones_are_none(tmp_path: Path) -> None:
     profile = identify(model(tmp_path))
-    assert profile.trainable and "parameters" in profile.unknown and profile.notes == ("no weights",)
+    assert profile.trainable and {"parameters", "complexity"} <= set(profile.unknown)
+    assert profile.notes == ("no weights",)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     assert "pickled" in identify(tmp_path).notes[0]
 
@@ -111,7 +126,7 @@ def test_a_quantised_model_has_unknown_parameters_and_says_by_what(tmp_path: Pat
         {**TENSORS, **packed}, model(tmp_path, **({"text_config": said} if nested else said)) / "model.safetensors"
     )
     profile = identify(tmp_path)
-    assert profile.unknown.count("parameters") == 1
+    assert profile.unknown.count("parameters") == profile.unknown.count("complexity") == 1
     assert any("quantised by gptq\\x1b, says config.json" in note for note in profile.notes)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gzip
 import io
 import os
 import pickle
 import struct
+import zlib
 from pathlib import Path
 
 import joblib
@@ -18,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from coordinator.cli.main import cli
 from coordinator.identify import parse
 from coordinator.identify.pickle_source import LONG_BYTES
 from coordinator.identify.pickle_walk import Array, Global, Mapping, Object, walk
-from protos.errors import HiveError, SpecError
+from protos.command_line import run
+from protos.errors import ErrorCode, HiveError, SpecError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -32,6 +36,12 @@ class Thing:
     def __init__(self, size: int) -> None:
         self.size = size
         self.names = ["a", "b"]
+
+    def grow(self) -> None:
+        self.size += 1
+
+    class Inner:
+        pass
 
 
 class Slotted:
@@ -121,13 +131,10 @@ def test_arrays_have_shape_and_type_and_are_as_long_as_they_say(protocol: int) -
 def test_nothing_runs_in_any_protocol(tmp_path: Path, protocol: int) -> None:
     canary = tmp_path / "executed"
     content = pickle.dumps({"weight": Payload(canary)}, protocol)
-    with contextlib.suppress(SpecError):
-        profile = parse.identify(io.BytesIO(content))
-        assert not profile.trainable
-        assert "system" in profile.why_not
-    found = walk(io.BytesIO(content))
-    assert list(found.foreign) == ["posix.system"]
-    assert found.value.items["weight"].type == Global("posix", "system")
+    for read in (parse.identify, walk):
+        with pytest.raises(SpecError, match=r"names posix\.system, .* nothing was executed") as caught:
+            read(io.BytesIO(content))
+        assert caught.value.code is ErrorCode.MODEL_UNUSABLE and caught.value.hint
     assert not canary.exists()
     pickle.loads(content)  # noqa: S301 - proves that the payload would have fired
     assert canary.exists()
@@ -150,16 +157,118 @@ def call(opcodes: bytes) -> bytes:
         call(b"ccopyreg\n_reconstructor\ncposix\nsystem\nU\x0ctouch canary\x85R"),
     ],
 )
-def test_every_way_to_call_is_a_record(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_call_a_shell_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = walk(io.BytesIO(content))
-    assert "posix.system" in found.foreign
-    assert isinstance(found.value, Object)
+    for wrapped in (content, zlib.compress(content), gzip.compress(content)):
+        with pytest.raises(SpecError, match=r"names posix\.system"):
+            parse.identify(io.BytesIO(wrapped))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_registered_code_and_persistent_ids_are_named() -> None:
-    assert list(walk(io.BytesIO(call(b"\x82\x07)R"))).foreign) == ["copyreg.extension 7"]
+def test_the_command_refuses_with_the_name_and_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HIVE_HOME", str(tmp_path / "home"))
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    assert run(cli, "hive", ["models", "identify", str(tmp_path / "model.pkl")]) == 3
+    said = capsys.readouterr()
+    assert "posix.system" in said.err and "nothing was executed" in said.err and not said.out
+    assert not (tmp_path / "executed").exists()
+
+
+def named(module: str, name: str) -> bytes:
+    """A global of that name, dotted too, as protocol 4 writes it."""
+    parts = b"".join(b"X" + struct.pack("<I", len(part)) + part for part in (module.encode(), name.encode()))
+    return b"\x80\x04" + parts + b"\x93."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os:system", "nt:system", "subprocess:Popen", "builtins:eval", "builtins:__import__", "__builtin__:apply",
+        "importlib:import_module", "shutil:rmtree", "socket:create_connection", "webbrowser:open", "types:CodeType",
+        "functools:reduce", "pathlib:Path.unlink", "random:_os", "enum:bltns", "operator:methodcaller", "_io:FileIO",
+        "typing:get_type_hints", "dataclasses:make_dataclass", "logging.config:listen", "commands:getoutput",
+        "torch:load", "torch.hub:load", "torch.serialization:os", "torch.serialization:os.system", "pip:main",
+        "numpy.testing._private.utils:runstring", "joblib:load", "mymodel:Net.forward.__globals__", "mymodel:_sys.exit",
+    ],
+)  # fmt: skip
+def test_names_that_reach_a_shell_files_or_code_are_refused(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    with pytest.raises(SpecError, match="nothing was executed") as caught:
+        parse.identify(io.BytesIO(named(module, attribute)))
+    assert f"names {module.replace('__builtin__', 'builtins')}.{attribute}," in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mymodel:Net", "mymodel.os_like:Net.Block", "__main__:Net", "torch.nn.modules.linear:Linear", "builtins:object",
+        "sklearn.linear_model._base:LinearRegression", "collections:deque", "argparse:Namespace", "re:_compile",
+        "pathlib:PosixPath", "pathlib._local:PosixPath", "functools:partial", "typing:Any", "_collections_abc:Mapping",
+        "torch.storage:_load_from_bytes", "numpy.random._pickle:__bit_generator_ctor", "math:log1p", "operator:add",
+        "zoneinfo:ZoneInfo._unpickle", "__builtin__:unicode", "copy_reg:_reconstructor", "cloudpickle:_make_function",
+    ],
+)  # fmt: skip
+def test_classes_of_the_user_and_plain_data_are_only_named(name: str) -> None:
+    module, _, attribute = name.partition(":")
+    profile = parse.identify(io.BytesIO(named(module, attribute)))
+    assert not profile.trainable and attribute in profile.why_not
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_bound_methods_and_nested_classes_are_no_payload(protocol: int) -> None:
+    method, inner = walked(pickle.dumps([Thing(1).grow, Thing.Inner], protocol))  # type: ignore[misc]
+    assert isinstance(method, Object) and inner == Global(__name__, "Thing.Inner")
+    profile = parse.identify(io.BytesIO(pickle.dumps([Thing(1).grow, Thing.Inner()], protocol)))
+    assert (profile.framework, profile.format, profile.trainable) == ("unknown", "pickle", False)
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"cbuiltins\ngetattr\ncmymodel\nhelper\nU\x0b__globals__\x86R", "attribute __globals__|helper.__globals__"),
+        (b"cbuiltins\ngetattr\ncmymodel\nhelper\nU\x02os\x86R", "names the attribute os"),
+        (b"cbuiltins\ngetattr\ncpathlib\nPath\nU\x06unlink\x86R", r"names pathlib\.Path\.unlink"),
+        (b"cbuiltins\ngetattr\ncpathlib\nPath\nU\x01x\x85RU\x06unlink\x86R)R", "a call of what builtins.getattr gives"),
+        (b"cfunctools\npartial\ncmymodel\nhelper\n\x85R)R", "a call of what functools.partial gives"),
+    ],
+)
+def test_what_an_attribute_of_a_value_reaches_is_judged(opcodes: bytes, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        walk(io.BytesIO(call(opcodes)))
+
+
+def test_text_that_pickle_would_not_follow_is_text() -> None:
+    source = b"import os\nimport subprocess\n\ndef build():\n    os.system('true')\n"
+    assert parse.identify(io.BytesIO(source)).format == "python_source"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_pickled_array_is_an_array_and_none_of_torchs(protocol: int) -> None:
+    for packed in (False, True):
+        content = pickle.dumps(np.zeros((4, 3, 4, 3, 5)), protocol)
+        if packed and protocol < 2:
+            continue  # joblib writes none of those
+        profile = parse.identify(io.BytesIO(zlib.compress(content) if packed else content))
+        assert (profile.framework, profile.format) == ("unknown", "joblib" if packed else "pickle")
+        assert profile.notes == ("a numpy array, F64[4, 3, 4, 3, 5]",)
+        assert "state_dict()" not in profile.why_not
+
+
+def test_only_a_pickle_that_names_torch_is_pytorchs() -> None:
+    profile = parse.identify(io.BytesIO(pickle.dumps({"thing": Thing(1)})))
+    assert (profile.framework, profile.format) == ("unknown", "pickle")
+    assert f"{__name__}.Thing" in profile.why_not and "state_dict()" not in profile.why_not
+    profile = parse.identify(io.BytesIO(pickle.dumps(nn.Linear(2, 3))))
+    assert (profile.framework, profile.format) == ("pytorch", "pickled_module")
+    profile = parse.identify(io.BytesIO(pickle.dumps({"a": [1, "b"]})))
+    assert (profile.framework, profile.format) == ("unknown", "pickle")
+
+
+def test_registered_code_is_refused_and_persistent_ids_are_named() -> None:
+    with pytest.raises(SpecError, match="copyreg extension 7"):
+        walk(io.BytesIO(call(b"\x82\x07)R")))
     assert list(walk(io.BytesIO(b"Pabc\n.")).foreign) == ["pickle.persistent_id"]
     assert list(walk(io.BytesIO(call(b"U\x03abcQ"))).foreign) == ["pickle.persistent_id"]
 

@@ -242,6 +242,10 @@ def test_objects_in_joblibs_arrays_are_looked_into() -> None:
     assert profile.parameters == sum(numbers_of_tree(row[0].tree_) for row in boosted.estimators_)
 
 
+class _Own:
+    """A class of the user's, in an attribute that no estimator has."""
+
+
 class _Payload:
     def __init__(self, path: str) -> None:
         self.path = path
@@ -250,13 +254,17 @@ class _Payload:
         return open, (self.path, "w")
 
 
-def test_a_payload_inside_an_estimator_does_not_run(tmp_path: Any) -> None:
+def test_a_payload_inside_an_estimator_is_refused_and_a_class_named(tmp_path: Any) -> None:
     made = fitted(linear_model.LogisticRegression(max_iter=5))
-    made.callback = _Payload(str(tmp_path / "executed"))
+    made.callback = _Own()
     for content in (pickle.dumps(made), joblib_bytes(made), joblib_bytes(made, 3)):
         profile = identify(content)
         assert profile.parameters == 15
-        assert any("open" in note for note in profile.notes if "no estimator" in note)
+        assert any("_Own" in note for note in profile.notes if "no estimator" in note)
+    made.callback = _Payload(str(tmp_path / "executed"))
+    for content in (pickle.dumps(made), joblib_bytes(made), joblib_bytes(made, 3)):
+        with pytest.raises(SpecError, match=r"names io\.open, .* nothing was executed"):
+            identify(content)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -126,7 +126,7 @@ def _npy(header: bytes) -> bytes:
 FILES: Mapping[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "one-byte": lambda: b"\x80",
-    "safetensors-huge-header": lambda: struct.pack("<Q", 2**62) + b"{" + bytes(100),
+    "safetensors-huge-header": lambda: struct.pack("<Q", 2**62) + b'{"w":' + bytes(100),
     "safetensors-long-header": lambda: struct.pack("<Q", 10**6) + b"{" + bytes(100),
     "safetensors-overlap": lambda: _safetensors({"a": _entry(0, 8, [2]), "b": _entry(4, 12, [2])}, bytes(12)),
     "safetensors-hole": lambda: _safetensors({"a": _entry(0, 8, [2]), "b": _entry(12, 16, [1])}, bytes(16)),

@@ -114,7 +114,9 @@ CONTAINERS: Mapping[str, Callable[[bytes], bytes]] = {
     "joblib_xz": lzma.compress,
     "npy": _array,
     "npz": lambda payload: _zip(x_dot_npy=_array(payload)),
-    "skops": lambda payload: _zip(schema_dot_json=b'{"__class__": "system", "__module__": "os"}', x_dot_pkl=payload),
+    "skops": lambda payload: _zip(
+        schema_dot_json=b'{"__class__": "system", "__module__": "os", "__loader__": "ObjectNode"}', x_dot_pkl=payload
+    ),
     "keras": lambda payload: _zip(
         config_dot_json=b'{"class_name": "Lambda", "config": {"function": "eval"}}', model_dot_weights_dot_h5=payload
     ),

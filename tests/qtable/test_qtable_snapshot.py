@@ -68,7 +68,10 @@ def test_three_generations_are_kept_and_the_newest_valid_one_is_taken(tmp_path: 
 def test_no_snapshot_at_all_is_said_not_raised(tmp_path: Path) -> None:
     loaded = snapshot.load(tmp_path / "qtable.json")
     assert loaded.table is None
-    assert "no usable snapshot" in loaded.reason
+    assert loaded.reason.startswith("no snapshot yet")
+    (tmp_path / "qtable.json").write_text("{}")
+    damaged = snapshot.load(tmp_path / "qtable.json")
+    assert damaged.table is None and "no usable snapshot" in damaged.reason and "passed over" in damaged.reason
 
 
 EMPTY: dict[str, list[float]] = {"residual": [], "n": [], "mean": [], "m2": []}

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.capacity import Capacity, FamilyRate, Rate
+from protos.ids import NodeId
 from protos.jobspec import OptimizerSpec, TrainSpec
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
-from protos.plan import DataProfile
+from protos.plan import DataProfile, NodeView
+from protos.states import Activity, Eligibility, NodeLink
 from strategies import cost, memory
 
 GIB = 1024**3
@@ -195,14 +197,25 @@ def test_data_parallel_keeps_four_more_bytes_a_parameter() -> None:
     assert memory.worker_bytes(model, adam, 1, 8) == memory.worker_bytes(model, adam, 1, 2)
 
 
-@given(st.integers(1, 10**8), st.floats(0, 1e7), st.integers(1, 512), st.integers(10**8, 10**10))
+@given(
+    st.integers(1, 10**8),
+    st.floats(0, 1e7),
+    st.integers(1, 512),
+    st.integers(10**8, 10**10),
+    st.sampled_from([1.0, 1.0, 2.5]),
+)
 def test_the_largest_micro_batch_fits_and_one_more_would_not(
-    parameters: int, activation: float, wanted: int, granted: int
+    parameters: int, activation: float, wanted: int, granted: int, factor: float
 ) -> None:
     model, adam = profile(layer("Linear", 1.0, activation), parameters=parameters), OptimizerSpec()
-    node = capacity(memory_bytes=granted)
+    node = NodeView(
+        NodeId("n"), "n", capacity(memory_bytes=granted), NodeLink.CONNECTED, Eligibility.OK, Activity.IDLE,
+        memory_factor=factor,
+    )  # fmt: skip
     largest = memory.largest_micro_batch(model, adam, node, 1, wanted)
     budget = memory.budget_bytes(node)
+    assert budget <= memory.SHARE * granted
+    assert memory.expected_bytes(int(budget), 1, factor) <= max(memory.SHARE * granted, budget) + 1
     assert 0 <= largest <= wanted
     if largest:
         assert memory.worker_bytes(model, adam, largest, 1, micro_batches=1 if largest == wanted else 2) <= budget + 1
