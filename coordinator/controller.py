@@ -29,7 +29,7 @@ from protos.ids import Fence, JobId, NodeId
 from protos.log import Log
 from protos.plan import Plan
 from protos.states import TERMINAL_JOB_STATES, Eligibility, JobState, NodeLink
-from protos.work import Checkpoint, Checkpoints
+from protos.work import Checkpoint, Checkpoints, StepTimes
 
 log = Log("hive.coordinator.controller")
 
@@ -67,6 +67,7 @@ class Controller:
         self._members: dict[NodeId, Member] = {}
         self._heard: dict[NodeId, float] = {}
         self._progress: dict[JobId, Mapping[str, Any]] = {}
+        self._step_times: dict[JobId, tuple[Fence, dict[int, StepTimes]]] = {}
         self._orders = 0
         self.state = State()
 
@@ -129,6 +130,23 @@ class Controller:
 
     def note_progress(self, job_id: JobId, payload: Mapping[str, Any]) -> None:
         self._progress[job_id] = payload
+
+    def note_step_times(self, job_id: JobId, fence: Fence, rank: int, times: StepTimes) -> None:
+        known = self._step_times.get(job_id)
+        ranks = known[1] if known is not None and known[0] == fence else {}
+        self._step_times[job_id] = fence, {**ranks, rank: times}
+
+    def step_times(self, job_id: JobId, fence: Fence) -> Mapping[int, StepTimes]:
+        """What the ranks of this group said last, by rank."""
+        known = self._step_times.get(job_id)
+        return known[1] if known is not None and known[0] == fence else {}
+
+    def times_now(self, job_id: JobId) -> list[tuple[int, NodeId, StepTimes]]:
+        """Rank, node and what it said last of its steps, of the group that runs now."""
+        job = self.state.jobs.get(job_id)
+        times = self.step_times(job_id, job.fence) if job is not None else {}
+        attempts = job.attempts if job is not None else ()
+        return [(each.rank, each.node_id, times[each.rank]) for each in attempts if each.rank in times]
 
     def is_current(self, job_id: JobId, fence: Fence) -> bool:
         job = self.state.jobs.get(job_id)
@@ -252,6 +270,7 @@ class Controller:
             self.state = self.state.without_job(job_id)
             self._records.pop(job_id, None)
             self._progress.pop(job_id, None)
+            self._step_times.pop(job_id, None)
             for key in [key for key in self._attempts if key[0] == job_id]:
                 del self._attempts[key]
 

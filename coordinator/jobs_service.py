@@ -267,7 +267,10 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
         content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
         events = await self.store.events(0, record.job_id, TOLD, _EVENTS_READ)
         seen = hindsight([Told(event.kind, event.time_s, json.loads(event.payload_json)) for event in events])
-        return answer(**content, measured=result.get("measured"), hindsight=seen, job=self._job(record, seq))
+        ranks = views.ranks(self.controller.times_now(record.job_id), self._names())
+        return answer(
+            **content, measured=result.get("measured"), hindsight=seen, ranks=ranks, job=self._job(record, seq)
+        )
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)

@@ -269,6 +269,8 @@ class MembershipService(membership_pb2_grpc.MembershipServicer):
             }
             writes.append(AppendEvent("progress", job_id, session.node_id, payload))
             self._controller.note_progress(job_id, payload)
+        if progress.step_times is not None and self._controller.is_given(session.node_id, job_id, fence, rank):
+            self._controller.note_step_times(job_id, fence, rank, progress.step_times)
         event = e.Progressed(session.node_id, job_id, fence, progress.step, progress.samples)
         await self._controller.post(event, *writes)
 

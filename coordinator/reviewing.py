@@ -32,14 +32,13 @@ from protos.plan import ClusterView
 from protos.states import JobState
 from protos.work import Metrics
 from qtable.probing import ABORT_STEPS
-from strategies.usual_step import RUN_S
+from strategies.usual_step import LATELY_S, RUN_S
 
 log = Log("hive.coordinator.reviewing")
 
 LOOK_S = 0.5
 LEAST_RUN_S = 1.0  # of a group: below it a CPU quota is not seen, nor what a step usually takes
 WARM_STEPS = 3  # the first ones of a group load code and allocate
-LATELY_S = 30.0  # of training: what steps take now, not what they took hours ago
 LATELY_RUNS = 5  # at least, of one step or a second: one or two of them may be slow without a change
 AGAIN_S = 10.0  # at the soonest, and twice as long with every group after the first few
 FREE_CHANGES = 4

@@ -15,6 +15,7 @@ from protos.ids import NodeId
 from protos.plan import Identification, NodeView, Plan
 from protos.states import TERMINAL_JOB_STATES, JobState
 from protos.version import SCHEMA
+from protos.work import StepTimes
 
 _WITHOUT_A_MESSAGE = {
     JobState.SUBMITTED: "submitted",
@@ -176,6 +177,19 @@ def token(record: TokenRecord) -> dict[str, Any]:
         "expires_s": record.expires_s,
         "revoked": record.revoked,
     }
+
+
+def ranks(said: Iterable[tuple[int, NodeId, StepTimes]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What each rank of a running group computes and waits in a step."""
+    return [
+        {
+            "rank": rank,
+            "node": names.get(node_id, node_id),
+            "step_compute_s": times.step_compute_s,
+            "step_wait_s": times.step_sync_s,
+        }
+        for rank, node_id, times in said
+    ]
 
 
 def attempts(rows: Iterable[Attempt], names: Mapping[str, str]) -> list[dict[str, Any]]:

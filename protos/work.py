@@ -90,6 +90,16 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What a rank's usual step took lately; the same names as in Usage, which is of all steps."""
+
+    step_compute_s: float  # passes and optimizer, without waiting for other ranks
+    step_sync_s: float  # waiting for other ranks
+    step_cpu_s: float  # CPU time, without that of threads which carry collectives; 0: not known
+    step_carrying_s: float  # CPU time of threads which carry collectives
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Sent at most a few times a second: the per-step records since the last one, and where the run stands."""
 
@@ -100,6 +110,7 @@ class Progress:
     epochs_total: int | None
     stage: str
     samples: int
+    step_times: StepTimes | None = None  # now and then, of each rank of a group
 
 
 @dataclass(frozen=True, slots=True)

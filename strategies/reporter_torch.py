@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from protos.work import Metrics, Progress
+from protos.work import Metrics, Progress, StepTimes
 from strategies.faults_torch import NotANumber
 
 REPORT_EVERY_S = 0.5
+STEP_TIMES_EVERY_S = 2.0
 HALF_WINDOW = 10
 
 
@@ -65,8 +66,19 @@ class Convergence:
 class Reporter:
     """`step` after every committed step; `flush` before anything that relies on the losses having been finite."""
 
-    def __init__(self, send: Callable[[Progress], None], totals: Totals, rank: int, node: str, samples: int) -> None:
+    def __init__(
+        self,
+        send: Callable[[Progress], None],
+        totals: Totals,
+        rank: int,
+        node: str,
+        samples: int,
+        step_times: Callable[[], StepTimes | None] = lambda: None,
+    ) -> None:
+        """`step_times`: of this rank of a group, sent now and then."""
         self._send = send
+        self._step_times = step_times
+        self._times_at = time.perf_counter()
         self._totals = totals
         self._rank = rank
         self._node = node
@@ -137,4 +149,7 @@ class Reporter:
         )
 
     def _progress(self, metrics: tuple[Metrics, ...], step: int, epoch: int, stage: str, samples: int) -> None:
-        self._send(Progress(metrics, step, self._totals.steps, epoch, self._totals.epochs, stage, samples))
+        now, times = time.perf_counter(), None
+        if now - self._times_at >= STEP_TIMES_EVERY_S and (times := self._step_times()) is not None:
+            self._times_at = now
+        self._send(Progress(metrics, step, self._totals.steps, epoch, self._totals.epochs, stage, samples, times))

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple, Protocol
 
+from protos.work import StepTimes
 from strategies.cpu_time import CpuSeconds, CpuTime
-from strategies.usual_step import usual
+from strategies.usual_step import LATELY_S, RUN_S, usual
 
 SEEN = 1000  # steps that are remembered
 
@@ -68,6 +69,21 @@ class StepRecord:
                 self._counters.bytes_sent - sent,
             )
         )
+
+    def lately(self) -> StepTimes | None:
+        """Of the steps of the last LATELY_S; None before there is one that says something."""
+        seconds, steps = 0.0, []
+        for step in reversed(self._steps):
+            steps.append(step)
+            seconds += step.compute_s + step.sync_s
+            if seconds >= LATELY_S:
+                break
+        if not self._settled or seconds < RUN_S:
+            return None
+        steps.reverse()
+        whole = [max(0.0, step.compute_s + step.sync_s) for step in steps]
+        parts = ([step[part] for step in steps] for part in range(len(StepTimes.__slots__)))
+        return StepTimes(*(max(0.0, usual(whole, values)) for values in parts))
 
     @property
     def compute_s(self) -> float:

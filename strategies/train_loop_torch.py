@@ -137,7 +137,9 @@ def prepare(context: TaskContext, group: Group) -> Run:
     per_epoch = steps_per(train_data.rows, spec.train.batch_size)
     total = spec.train.steps or (spec.train.epochs or 1) * per_epoch
     channel, kept = context.channel, spec.checkpoint
-    reporter = Reporter(channel.progress, Totals(total, spec.train.epochs), task.rank, context.node_name, start.samples)
+    totals, record = Totals(total, spec.train.epochs), StepRecord(group)
+    times = record.lately if task.world_size > 1 else lambda: None  # of one rank the records say it
+    reporter = Reporter(channel.progress, totals, task.rank, context.node_name, start.samples, times)
 
     def announce(folder: Path, step: int, samples: int) -> None:
         if engine.part[1] == 1 or pace.uploads(step):
@@ -164,7 +166,7 @@ def prepare(context: TaskContext, group: Group) -> Run:
         first_step=start.step,
         pace=pace,
         baseline_memory_bytes=baseline_bytes,
-        steps=StepRecord(group),
+        steps=record,
         patience_s=patience_s(sum(tensor.nbytes for tensor in engine.state().values()) * engine.part[1]),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 
 RUN_S = 1.0  # ten periods of a quota
+LATELY_S = 30.0  # of training: what steps take now, not what they took hours ago
 
 
 def usual(seconds: Sequence[float], values: Sequence[float] | None = None) -> float:

@@ -47,6 +47,8 @@ def explain(job: str, as_json: bool) -> None:
         click.echo(plan_view.plan(document["plan"], document.get("measured"), document.get("names")))
         if seen := plan_view.hindsight(document.get("hindsight") or {}, document.get("names") or {}):
             click.echo(seen)
+        if ranks := document.get("ranks"):
+            click.echo(plan_view.ranks(ranks))
     else:
         click.echo("no plan was made yet")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coordinator.cli.render import number, safe
@@ -97,6 +97,15 @@ def _chance(row: Mapping[str, Any]) -> str:
     if trials:
         said.append(f"trials    {', then '.join(trials)}: {row.get('trial_steps')} steps each, then the quickest stays")
     return "\n".join(said)
+
+
+def ranks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Who holds up the group that runs now: the rank that waits least."""
+    cells = []
+    for each in safe(rows):
+        computes, waits = human_seconds(each.get("step_compute_s")), human_seconds(each.get("step_wait_s"))
+        cells.append((each.get("rank"), each.get("node"), computes, waits))
+    return "\nNOW, IN A STEP\n" + table(["RANK", "NODE", "COMPUTES", "WAITS"], cells)
 
 
 def hindsight(seen: Mapping[str, Any], names: Mapping[str, str]) -> str:

@@ -34,7 +34,7 @@ from protos.ids import Digest, JobId, NodeId
 from protos.jobspec import DataSpec, JobSpec, ModelSpec
 from protos.states import AttemptState, NodeLink
 from protos.token import Role
-from protos.work import Checkpoint, Fence, Metrics, Outcome, Progress, Task, TaskKind
+from protos.work import Checkpoint, Fence, Metrics, Outcome, Progress, StepTimes, Task, TaskKind
 
 JOB = JobId("j-1")
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -253,7 +253,8 @@ def test_a_node_speaks_only_for_its_own_ranks(tmp_path: Path) -> None:
         node = await working(running)
         stranger = await attached(running, "stranger")
         forged = Checkpoint(99, 99, Manifest((FileEntry("model.safetensors", Digest("a" * 64), 1),)))
-        metrics = Progress((Metrics(1.0, 9, 0, "train", 0.5, 9),), 9, None, 0, None, "train", 9)
+        times = StepTimes(0.5, 0.1, 0.4, 0.0)
+        metrics = Progress((Metrics(1.0, 9, 0, "train", 0.5, 9),), 9, None, 0, None, "train", 9, times)
         messages = [
             durable(1, checkpoint_json=documents.encode(forged)),
             durable(2, progress_json=documents.encode(metrics)),
@@ -270,6 +271,11 @@ def test_a_node_speaks_only_for_its_own_ranks(tmp_path: Path) -> None:
         assert (job.step, job.attempts[0].state) == (0, AttemptState.RUNNING)
         assert running.made.controller.record(JOB).checkpoint_json is None
         assert not running.folders.log_path(JOB, 0).exists()
+        assert running.made.controller.step_times(JOB, Fence(1)) == {}
+        await node.say(durable=durable(2, progress_json=documents.encode(metrics)))
+        await node.hear("acknowledged")
+        assert running.made.controller.step_times(JOB, Fence(1)) == {0: times}
+        assert running.made.controller.step_times(JOB, Fence(2)) == {}, "another group takes other times"
         await stranger.close()
         await node.close()
 

@@ -252,6 +252,12 @@ def test_a_node_that_joins_meanwhile_joins_the_group(made: Cluster) -> None:
     sets = (*GROWING, "train.steps=1000000", "strategy=data_parallel", "checkpoint.every_s=3600")
     job_id = made.submit(JOBS / "long.yaml", *sets, "nodes.require.names=[quarter, slow, late]")
     assert set(made.wait_step(job_id, 5)["nodes"]) == {"quarter", "slow"}
+    said = until(
+        lambda: len(ranks := made.ask("explain", job_id)["ranks"]) == 2 and ranks, "both ranks have said it", 60
+    )
+    assert {each["node"] for each in said} == {"quarter", "slow"}
+    assert all(each["step_compute_s"] > 0 and each["step_wait_s"] >= 0 for each in said)
+    assert "NOW, IN A STEP" in made.hive("explain", job_id).stdout
     made.start_node("late", 1, str(MEMORY_BYTES))
     until(lambda: "late" in made.show(job_id)["nodes"], "late has joined", 180)
     joined = made.show(job_id)

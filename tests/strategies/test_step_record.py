@@ -66,3 +66,18 @@ def test_threads_that_carry_collectives_are_told_apart_from_those_that_compute()
     assert computing > 0.02 and carrying > 0.02
     assert computing + carrying == pytest.approx(0.2, rel=0.2)
     assert cpu.seconds().carrying >= 0, "also once the thread has ended"
+
+
+def test_what_steps_take_lately_is_of_the_last_half_minute() -> None:
+    counted, now = Counted(), [0.0]
+    record = StepRecord(counted, lambda: now[0], lambda: CpuSeconds(0.5 * now[0], 0.1 * now[0]))
+    assert record.lately() is None
+    for seconds in (9.0, *[0.5] * 200, *[2.0] * 20):
+        record.begin()
+        now[0] += seconds
+        counted.sync_s += 0.1
+        record.end()
+    times = record.lately()
+    assert times is not None and record.compute_s == pytest.approx(0.4), "most of its steps were quick"
+    assert times.step_compute_s == pytest.approx(1.9) and times.step_sync_s == pytest.approx(0.1)
+    assert (times.step_cpu_s, times.step_carrying_s) == (pytest.approx(1.0), pytest.approx(0.2))
