@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -23,6 +22,7 @@ from protos.states import AttemptState
 from protos.token import Role, parse_token
 from protos.work import Checkpoint, HeldLease, Metrics, Outcome, Progress
 from tests.e2e.cluster import until
+from tests.security.at_rest import contents
 from tests.security.conftest import JOB, Working
 from tests.security.intruder import Intruder, calling, hello
 
@@ -164,9 +164,8 @@ def check_unharmed(working: Working, fence: int) -> None:
     assert (job["state"], job["fence"]) == ("RUNNING", fence)
     assert job["step"] < FAR
     folder = working.cluster.home / "coordinator" / "jobs" / working.job_id
-    for path in folder.iterdir():
-        content = path.read_text(errors="replace")
-        assert "forged" not in content and str(LOSS) not in content, path
+    for path, content in contents(folder):
+        assert b"forged" not in content and str(LOSS).encode() not in content, path
     events = working.cluster.hive("events", "-o", "json").stdout
     assert str(LOSS) not in events
     working.goes_on()
@@ -303,4 +302,4 @@ def test_content_under_another_contents_digest_is_not_kept(working: Working) -> 
 
     assert asyncio.run(missing()) == [digest]
     blobs = working.cluster.home / "coordinator" / "blobs"
-    assert not [path for path in Path(blobs).rglob("*") if path.is_file() and path.read_bytes() == content]
+    assert not [path for path, held in contents(blobs) if held == content]

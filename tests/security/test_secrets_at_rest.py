@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
-from pathlib import Path
 
 import pytest
 
 from protos import credentials
+from tests.security.at_rest import contents
 from tests.security.conftest import Working
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
-
-
-def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
 
 
 def key_body(pem: str) -> bytes:
@@ -24,7 +20,7 @@ def key_body(pem: str) -> bytes:
 
 
 def test_private_keys_lie_in_files_of_their_owner_alone(working: Working) -> None:
-    holders = [path for path in files(working.cluster.folder) if b"PRIVATE KEY" in path.read_bytes()]
+    holders = [path for path, content in contents(working.cluster.folder) if b"PRIVATE KEY" in content]
     names = {str(path.relative_to(working.cluster.folder)) for path in holders}
     assert {"coordinator/coordinator/authority.pem", "coordinator/client/credential.json"} <= names
     assert {"n0/node/credential.json", "n1/node/credential.json"} <= names
@@ -43,7 +39,7 @@ def test_no_log_no_database_and_no_result_holds_a_secret(working: Working) -> No
     }
     holders = {
         path: key_body(credentials.load(path).key_pem)
-        for path in files(cluster.folder)
+        for path, _ in contents(cluster.folder)
         if path.name == "credential.json"
     }
     secrets |= {f"key of {path}": body for path, body in holders.items()}
@@ -51,10 +47,9 @@ def test_no_log_no_database_and_no_result_holds_a_secret(working: Working) -> No
     begin = authority.read_text().index("PRIVATE KEY")
     secrets["key of the authority"] = key_body(authority.read_text()[begin:])
     found = []
-    for path in files(cluster.folder):
+    for path, content in contents(cluster.folder):
         if path in holders or path == authority or path.name == "join-token.json":
             continue
-        content = path.read_bytes()
         if path.name == "coordinator.log":  # what it printed for its owner on standard output is not a log
             lines = [line for line in content.splitlines() if not line.startswith(b'{"schema"')]
             assert len(lines) < len(content.splitlines())
