@@ -16,10 +16,11 @@ from pathlib import Path
 if not __package__:  # run as a script: what is imported lies beside this folder, not in it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench.sim_play import Coordinator, Way, as_placed, job_s, play
+from bench.sim_play import Coordinator, Way, job_s, play
 from bench.sim_truth import Truth
 from bench.sim_world import Job, World, fastest_flops, job, world
 from coordinator import planner
+from coordinator.earlier_groups import as_placed
 from protos.ids import PlanId
 from protos.plan import Plan
 from qtable.policy import Ledger

@@ -19,13 +19,14 @@ from typing import Any
 from bench.sim_truth import Step, Truth, noise
 from bench.sim_world import Job, World
 from coordinator import planner
+from coordinator.earlier_groups import as_placed
 from coordinator.learning import DECISION, OUTCOME, TRIAL, Learner, Measured, decision_payload, outcome_payload
 from coordinator.review import Standing, review, steps_needed
 from coordinator.reviewing import WARM_STEPS
 from protos.ids import Fence, NodeId, PlanId
 from protos.jobspec import StrategyName
-from protos.plan import ClusterView, Placement, Plan
-from protos.work import Usage
+from protos.plan import ClusterView, Plan
+from protos.work import StepTimes, Usage
 from qtable.policy import choose
 from qtable.prior import Prior, load_prior
 from qtable.state import StateKey
@@ -89,17 +90,20 @@ def play(truth: Truth, job: Job, way: Way, known: Coordinator, rng: random.Rando
     decision_s = time.process_time() - started
     known.apply(DECISION, decision_payload(plan, job.spec, job.profile, job.data))
     first, fence, done, total_s = plan, 1, 0, truth.startup_s(job, plan.strategy, _nodes(plan))
-    groups: list[Group] = []
+    groups, earlier = list[Group](), list[Plan]()
     while True:
         step, luck = truth.step(job, plan.strategy, as_placed(plan)), noise(rng)
         groups.append(Group(plan.strategy, step.seconds, step.memory_bytes))
         need = steps_needed(plan) + WARM_STEPS
         if way is Way.PROBES and steps - done > need:
             total_s, done = total_s + need * step.seconds, done + need
-            standing = Standing(plan, Fence(fence), done, need, luck * step.seconds)
+            times = {rank: _times(usage) for rank, usage in _measured(step, luck, need, fence).usages}
+            step_s = luck * step.seconds
+            standing = Standing(plan, Fence(fence), done, need, step_s, times=times, earlier=tuple(earlier))
             table, cluster = known.learner.table, known.cluster(world)
             verdict = review(standing, job.spec, job.profile, job.data, cluster, table)
             if verdict.plan is not None:
+                earlier.append(plan)
                 known.apply(TRIAL, outcome_payload(plan, _measured(step, luck, need, fence)))
                 total_s += truth.switch_s(job, [*_nodes(plan), *_nodes(verdict.plan)])
                 plan, fence = verdict.plan, fence + 1
@@ -121,21 +125,12 @@ def _chosen(known: Coordinator, world: World, job: Job, way: Way, rng: random.Ra
     return replace(made, explored_loss_s=choice.charge_s)
 
 
-def as_placed(plan: Plan) -> PlacedEstimate:
-    """What a plan says of where each rank is, in the form in which strategies say it."""
-    placements = tuple(
-        Placement(part.rank, part.node_id, part.data_range[1] - part.data_range[0], part.stage, part.replica)
-        for part in plan.subtasks
-    )
-    accumulate = tuple(part.accumulate for part in plan.subtasks)
-    compression = plan.coordination_plan.compression
-    return PlacedEstimate(
-        plan.estimate, placements, accumulate, plan.steps, compression=compression, layout=plan.layout
-    )
-
-
 def _nodes(plan: Plan) -> tuple[NodeId, ...]:
     return tuple(dict.fromkeys(part.node_id for part in plan.subtasks))
+
+
+def _times(usage: Usage) -> StepTimes:
+    return StepTimes(usage.step_compute_s, usage.step_sync_s, usage.step_cpu_s, usage.step_carrying_s)
 
 
 def _measured(step: Step, luck: float, steps: int, fence: int) -> Measured:

@@ -142,11 +142,12 @@ class Controller:
         return known[1] if known is not None and known[0] == fence else {}
 
     def times_now(self, job_id: JobId) -> list[tuple[int, NodeId, StepTimes]]:
-        """Rank, node and what it said last of its steps, of the group that runs now."""
+        """Rank, node and what it said last of its steps, of the group that runs now; of none while none runs."""
         job = self.state.jobs.get(job_id)
-        times = self.step_times(job_id, job.fence) if job is not None else {}
-        attempts = job.attempts if job is not None else ()
-        return [(each.rank, each.node_id, times[each.rank]) for each in attempts if each.rank in times]
+        if job is None or job.state is not JobState.RUNNING:
+            return []
+        times = self.step_times(job_id, job.fence)
+        return [(each.rank, each.node_id, times[each.rank]) for each in job.attempts if each.rank in times]
 
     def is_current(self, job_id: JobId, fence: Fence) -> bool:
         job = self.state.jobs.get(job_id)

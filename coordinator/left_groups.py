@@ -19,6 +19,7 @@ HOLD_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class _Left:
+    plan: Plan
     step_s: float
     until_s: float
     times: int
@@ -37,13 +38,17 @@ class LeftGroups:
             return
         key, known = plan.estimate.basis.combination, self._jobs.setdefault(job_id, {})
         times = known[key].times + 1 if key in known else 1
-        known[key] = _Left(step_s, self.clock() + HOLD_S * 2 ** (times - 1), times)
+        known[key] = _Left(plan, step_s, self.clock() + HOLD_S * 2 ** (times - 1), times)
 
     def over(self, learned: Learned, job_id: JobId) -> Learned:
         """What was learned, as this job sees it."""
         left, now_s = self._jobs.get(job_id, {}), self.clock()
         steps = {key: each.step_s for key, each in left.items() if now_s < each.until_s}
         return replace(learned, steps={**learned.steps, **steps}) if steps else learned
+
+    def plans(self, job_id: JobId) -> tuple[Plan, ...]:
+        """Of the groups that this job left, of each combination the last."""
+        return tuple(each.plan for each in self._jobs.get(job_id, {}).values())
 
     def forget(self, job_id: JobId) -> None:
         self._jobs.pop(job_id, None)

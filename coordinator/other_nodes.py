@@ -7,7 +7,7 @@ strategy. Their names are for people; `strategy_of` says which strategy one is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from coordinator.planner import Consideration, arm_of, plan_of, predicted, without
@@ -20,6 +20,11 @@ from strategies.survival import efficiency
 
 SINGLE = StrategyName.SINGLE_NODE.value
 _ON = " on "
+
+
+def way_on(considered: Consideration, strategy: str, nodes: Iterable[NodeView]) -> str:
+    """Of a strategy on these nodes."""
+    return f"{strategy}{_ON}{', '.join(_name(considered, node) for node in nodes)}"
 
 
 def strategy_of(way: str) -> str:
@@ -37,7 +42,7 @@ def with_other_nodes(considered: Consideration) -> Consideration:
         way = None if node.node_id in chosen else _alone(considered, node)
         if way is None:
             continue
-        name = f"{SINGLE}{_ON}{_name(considered, node)}"
+        name = way_on(considered, SINGLE, [node])
         survival[name] = efficiency([node], way.layout, inputs.spec.checkpoint.every_s)
         placed[name], residuals[name] = way, residuals[SINGLE]
         arms[name] = arm_of(inputs, way, survival[name], considered.deviations[SINGLE])
@@ -60,7 +65,7 @@ def said(considered: Consideration, way: str) -> str:
         return way
     (node_id,) = considered.placed[way].nodes
     node = next(node for node in considered.inputs.cluster.nodes if node.node_id == node_id)
-    return f"{SINGLE}{_ON}{_name(considered, node)}"
+    return way_on(considered, SINGLE, [node])
 
 
 def plan_of_way(
@@ -89,7 +94,7 @@ def plan_of_way(
 
 
 def _others(considered: Consideration, way: str, trials: tuple[str, ...]) -> tuple[Candidate, ...]:
-    others = [other for other in considered.placed if strategy_of(other) == SINGLE and other not in (SINGLE, way)]
+    others = [other for other in considered.placed if other not in (strategy_of(other), way)]
     if strategy_of(way) == SINGLE != way:
         others.append(SINGLE)  # on the node that was chosen: its row has become that of another one
     return tuple(

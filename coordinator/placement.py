@@ -76,7 +76,12 @@ class Placement:
 
     def left(self, job_id: JobId, plan: Plan, step_s: float) -> None:
         """The job gives up the group of this plan, whose steps took so long lately."""
-        self._left.note(job_id, plan, step_s)
+        if job_id in self._jobs:  # it may have ended while this was decided
+            self._left.note(job_id, plan, step_s)
+
+    def earlier(self, job_id: JobId) -> tuple[Plan, ...]:
+        """Of the groups that this job gave up."""
+        return self._left.plans(job_id)
 
     def learned_of(self, node_id: NodeId) -> dict[str, object]:
         """What finished jobs have taught about a node, for people."""

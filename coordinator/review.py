@@ -14,16 +14,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from coordinator import planner
 from coordinator.control.shape import Shape
+from coordinator.earlier_groups import with_earlier
 from coordinator.other_nodes import plan_of_way, said, strategy_of, way_of, with_other_nodes
 from coordinator.planner import Consideration
+from coordinator.speeds import alone_s, seen
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
 from protos.plan import ClusterView, DataProfile, Plan
+from protos.work import StepTimes
 from qtable.policy import BAND, Ledger, choose
 from qtable.probing import ABORT_STEPS, REPEAT_DEVIATION, Arm, Belief, abort, belief, worth_switching
 from qtable.table import QTable
@@ -34,6 +37,7 @@ from strategies.survival import efficiency
 
 HOPELESS = 2.5  # what waits is only predicted, and may itself turn out half as slow again
 MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
+RECUT = 0.25  # that another cut of the same nodes is quicker by: what they compute varies by as much on busy machines
 AS_IT_IS = "as it is"  # beside another plan of the same strategy
 MOST_TRYING = 6  # changes, after which no new trials begin
 
@@ -41,7 +45,8 @@ MOST_TRYING = 6  # changes, after which no new trials begin
 @dataclass(frozen=True, slots=True)
 class Standing:
     """Where a job is. `step_s`: a usual step of the group that runs, of which `steps_here` were made; `changes`: how
-    often it took another plan; `unfit`: plans that could not begin."""
+    often it took another plan; `unfit`: plans that could not begin; `times`: what the ranks of a group have said of
+    their own steps; `earlier`: plans of groups that worked on it before."""
 
     plan: Plan
     fence: Fence
@@ -50,6 +55,8 @@ class Standing:
     step_s: float
     changes: int = 0
     unfit: frozenset[Shape] = frozenset()
+    times: Mapping[int, StepTimes] = field(default_factory=dict)
+    earlier: tuple[Plan, ...] = ()
 
     @property
     def trying(self) -> bool:
@@ -59,6 +66,11 @@ class Standing:
     def tried(self) -> bool:
         """Whether the trial that runs has made its steps."""
         return self.steps_here >= self.plan.trial_steps
+
+    @property
+    def told(self) -> bool:
+        """Whether every rank of a group has said what its steps take."""
+        return 1 < len(self.plan.estimate.ranks) == len(self.times)
 
     @property
     def own(self) -> frozenset[NodeId]:
@@ -88,14 +100,15 @@ def review(
     stays = Verdict(f"{running.strategy} stays", over=standing.trying)
     if left <= 0 or standing.changes >= MOST_CHANGES:
         return stays
-    if running.cost_model_version == COST_MODEL_VERSION:
-        cluster = replace(cluster, learned=with_running(cluster.learned, running.estimate, standing.step_s))
     inputs = Inputs(spec, profile, data, cluster)
+    if running.cost_model_version == COST_MODEL_VERSION:
+        inputs = with_running(inputs, running.estimate, standing.step_s, seen(running, standing.times))
     weighed = planner.consider(planner.without_shape(inputs, running.strategy), table)
     switch_s = weighed.switch_s + standing.step_s  # and the step that is under way
-    considered = with_other_nodes(weighed)
+    considered = with_earlier(with_other_nodes(weighed), standing.earlier, running)
     now = way_of(considered, running)
     arms = _arms(considered, standing, now, left)
+    other = _other_of_the_same(considered, standing, arms, left, switch_s)
     if spec.strategy != "auto":
         if (
             spec.strategy != running.strategy
@@ -104,7 +117,7 @@ def review(
         ):
             message = f"{spec.strategy}, as the job file asks, now that it can be"
             return Verdict(message, plan_of_way(considered, arms, spec.strategy, message))
-        return _other_of_the_same(considered, standing, arms, left, switch_s) or stays
+        return other.verdict if other is not None else stays
     waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
     if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
         return Verdict(f"{running.strategy} is being tried")
@@ -116,15 +129,15 @@ def review(
         message = f"tries {said(considered, waiting[0])} for {steps} steps"
         return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
     for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
-        if name == now:
-            break
         expected_s = _expected_s(arms, considered, name)
+        if name == now or (other is not None and left * other.step_s <= expected_s):
+            break
         worth = worth_switching(arms[now].seconds - expected_s, switch_s)
         if worth and _clearly(standing, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
             message = f"{said(considered, name)} instead of {said(considered, now)}: {against}"
             return Verdict(message, plan_of_way(considered, arms, name, message))
-    return _other_of_the_same(considered, standing, arms, left, switch_s) or stays
+    return other.verdict if other is not None else stays
 
 
 def _next_trials(
@@ -187,12 +200,21 @@ def _may_win(action: str, arms: Mapping[str, Arm], residuals: Mapping[str, float
     return hoped.median_s * math.exp(-2 * hoped.deviation) < known_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Other:
+    """A change of nodes or cut, and the step that is expected of it."""
+
+    step_s: float
+    verdict: Verdict
+
+
 def _other_of_the_same(
     considered: Consideration, standing: Standing, arms: Mapping[str, Arm], left: int, switch_s: float
-) -> Verdict | None:
+) -> _Other | None:
     """The same strategy over other nodes or cut otherwise: a node has come, or one is slower than it was.
 
-    What runs is slower than was predicted by some factor; a group of the same nodes and more would be, too.
+    What runs is slower than was predicted by some factor; a group of the same nodes and more would be, too, and any
+    other group of several by what its ranks' own computing does not explain.
     """
     running = standing.plan
     placed = considered.placed.get(running.strategy)
@@ -202,12 +224,14 @@ def _other_of_the_same(
         return None
     if placed.cost.basis.combination == running.estimate.basis.combination:
         return None
+    told = standing.told and len(placed.placements) > 1
     expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
     step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
     comparable = running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered
-    if standing.own <= set(placed.nodes) and comparable:
-        step_s *= max(1.0, standing.step_s / running.estimate.step_s)
-    clearly = step_s * (1 + BAND) < standing.step_s
+    if comparable and (told or standing.own <= set(placed.nodes)):
+        step_s *= max(1.0, standing.step_s / _explained_s(standing))
+    band = RECUT if set(placed.nodes) == standing.own else BAND
+    clearly = step_s * (1 + band) < standing.step_s
     if not clearly or not worth_switching(left * (standing.step_s - step_s), switch_s):
         return None
     names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
@@ -218,7 +242,16 @@ def _other_of_the_same(
         AS_IT_IS: arms.get(running.strategy, arm),
         running.strategy: Arm(left * step_s, step_s, left, arm.deviation, True),
     }
-    return Verdict(message, plan_of_way(considered, arms, running.strategy, message))
+    return _Other(step_s, Verdict(message, plan_of_way(considered, arms, running.strategy, message)))
+
+
+def _explained_s(standing: Standing) -> float:
+    """The predicted step, with what the slowest rank computes as it turned out."""
+    estimate = standing.plan.estimate
+    if not standing.told:
+        return estimate.step_s
+    slowest_s = max(alone_s(rank, standing.times[number]) for number, rank in enumerate(estimate.ranks))
+    return estimate.step_s + max(0.0, slowest_s - max(rank.compute_s for rank in estimate.ranks))
 
 
 def _said(names: dict[NodeId, str], own: Collection[NodeId], planned: Collection[NodeId]) -> str:

@@ -1,9 +1,10 @@
 """When running jobs are looked at again, and what follows: the shell around the pure `review`.
 
-A job is looked at once its group has made enough steps to judge, then whenever its nodes, the idle ones, a link or
-what is known of them is different, or its own steps have become longer or shorter by a third. Its steps are those of
-the last half minute: links of busy nodes are not probed, so they are all that tells of a link that has become slow.
-Planning runs in a thread. What was decided is posted to the control loop, which takes it only if it still holds there.
+A job is looked at once its group has made enough steps to judge, then once all ranks have said what theirs take, and
+whenever its nodes, the idle ones, a link or what is known of them is different, or its own steps have become longer or
+shorter by a third. Its steps are those of the last half minute: links of busy nodes are not probed, so they are all
+that tells of a link that has become slow. Planning runs in a thread. What was decided is posted to the control loop,
+which takes it only if it still holds there.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class Reviewer:
         if step_s is None:
             return None
         made = steps_here - WARM_STEPS
-        return Standing(job.plan, job.fence, job.step, made, step_s, job.revisions, job.unfit)
+        times, earlier = self._controller.step_times(job.job_id, job.fence), self._placement.earlier(job.job_id)
+        return Standing(job.plan, job.fence, job.step, made, step_s, job.revisions, job.unfit, times, earlier)
 
     async def _review(self, job_id: JobId, standing: Standing) -> None:
         known = self._placement.known(job_id)
@@ -168,7 +170,7 @@ def due(last: Look | None, standing: Standing, view: ClusterView, now_s: float) 
     if now_s - last.when_s < min(LONGEST_S, AGAIN_S * 2**changes):
         return False
     ratio = standing.step_s / last.standing.step_s
-    otherwise = not 1 / CHANGED < ratio < CHANGED
+    otherwise = not 1 / CHANGED < ratio < CHANGED or (standing.told and not last.standing.told)
     return new_group or last.refused or otherwise or not same_for_planning(alike(last.view, view), view)
 
 

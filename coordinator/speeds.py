@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from coordinator.memory_needs import MemoryNeeds, used_bytes
 from protos.ids import NodeId
 from protos.plan import Factors, Learned, Plan, RankCost, Work
-from protos.work import Usage
+from protos.work import StepTimes, Usage
 from strategies.cost import COST_MODEL_VERSION
 from strategies.links import LOOPBACK
 
@@ -32,6 +32,7 @@ LEAST_SHARE = 0.1  # of a predicted part that is left when the other part explai
 MOST_KEYS = 2_500  # of each kind: what planners read of them is put together anew after every outcome
 
 K = TypeVar("K")
+Times = Usage | StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +97,7 @@ class Speeds:
         node, measured_s = str(rank["node"]), float(rank["measured_s"])
         if not measured_s > 0:
             return
-        factors = Factors(float(rank["work_factor"]), float(rank["overhead_factor"]))
-        overhead_s = float(rank["overhead_s"]) / factors.overhead
-        work_s = max(0.0, float(rank["predicted_s"]) - float(rank["overhead_s"])) / factors.work
+        overhead_s, work_s = _by_the_formulas(rank)
         of_model = (node, model, work)
         total = _clipped(math.log(measured_s / (overhead_s + work_s)))
         _put(self._models, of_model, self._models.get(of_model, Average()).with_(total, first=1.0))
@@ -144,6 +143,24 @@ class Speeds:
         }
 
 
+def seen(plan: Plan, times: Mapping[int, StepTimes]) -> dict[NodeId, float]:
+    """Factors of this plan's model on the nodes of a group that runs now, of which each rank has said what its steps
+    take: as `Speeds` would learn them of it."""
+    factors = {}
+    for rank in _ranks(plan, tuple(times.items())):
+        overhead_s, work_s = _by_the_formulas(rank)
+        if rank["measured_s"] > 0 and overhead_s + work_s > 0:
+            factors[NodeId(rank["node"])] = math.exp(_clipped(math.log(rank["measured_s"] / (overhead_s + work_s))))
+    return factors
+
+
+def _by_the_formulas(rank: Mapping[str, Any]) -> tuple[float, float]:
+    """Overhead and work of a compared rank as predicted, without what had been learned."""
+    overhead_s = float(rank["overhead_s"])
+    work_s = max(0.0, float(rank["predicted_s"]) - overhead_s)
+    return overhead_s / float(rank["overhead_factor"]), work_s / float(rank["work_factor"])
+
+
 def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: float) -> dict[str, Any]:
     """What `Speeds.apply` reads of an outcome: predicted and measured beside each other. `usages` by rank.
 
@@ -154,11 +171,7 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     estimate, basis = plan.estimate, plan.estimate.basis
     if basis is None:
         return {}
-    said = dict(usages)
-    tensor = plan.layout is not None and plan.layout.tensor > 1
-    pairs = [(rank, said[k]) for k, rank in enumerate(estimate.ranks) if k in said and not tensor]
-    average_s = fmean(rank.compute_s for rank in estimate.ranks) if estimate.ranks else 0.0
-    least_of_model_s = LEAST_STAGE * average_s if basis.work is Work.STAGE else 0.0
+    pairs = _pairs(plan, usages)
     found: dict[str, Any] = {
         "basis": {
             "work": basis.work.value,
@@ -167,14 +180,14 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
             "modelled_step_s": basis.modelled_step_s,
             "remembered": basis.remembered,
         },
-        "ranks": [_compared(rank, usage) for rank, usage in pairs if rank.compute_s >= least_of_model_s],
+        "ranks": _ranks(plan, usages),
         "memory": used_bytes(plan, usages),
     }
     name = plan.coordination_plan.network
     capped = name != LOOPBACK and any(_at_its_cap(rank, usage) for rank, usage in pairs)
     if len(pairs) > 1 and len(pairs) == len(estimate.ranks) and not capped:
         predicted_s = basis.modelled_step_s - max(rank.compute_s for rank, _ in pairs)
-        waited_s = max(0.0, min(_step_s(usage) - _alone_s(rank, usage) for rank, usage in pairs))
+        waited_s = max(0.0, min(_step_s(usage) - alone_s(rank, usage) for rank, usage in pairs))
         least_s = NOTICEABLE * measured_step_s
         if max(predicted_s, waited_s) > least_s > 0:
             found["network"] = {
@@ -187,29 +200,41 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     return found
 
 
-def _compared(rank: RankCost, usage: Usage) -> dict[str, Any]:
+def _pairs(plan: Plan, usages: Sequence[tuple[int, Times]]) -> list[tuple[RankCost, Times]]:
+    said, tensor = dict(usages), plan.layout is not None and plan.layout.tensor > 1
+    return [(rank, said[k]) for k, rank in enumerate(plan.estimate.ranks) if k in said and not tensor]
+
+
+def _ranks(plan: Plan, usages: Sequence[tuple[int, Times]]) -> list[dict[str, Any]]:
+    estimate, basis = plan.estimate, plan.estimate.basis
+    average_s = fmean(rank.compute_s for rank in estimate.ranks) if estimate.ranks else 0.0
+    least_of_model_s = LEAST_STAGE * average_s if basis is not None and basis.work is Work.STAGE else 0.0
+    return [_compared(rank, said) for rank, said in _pairs(plan, usages) if rank.compute_s >= least_of_model_s]
+
+
+def _compared(rank: RankCost, usage: Times) -> dict[str, Any]:
     return {
         "node": rank.node_id,
         "family": rank.family,
         "predicted_s": rank.compute_s,
         "overhead_s": rank.overhead_s,
-        "measured_s": _alone_s(rank, usage),
+        "measured_s": alone_s(rank, usage),
         "work_factor": rank.learned.work,
         "overhead_factor": rank.learned.overhead,
     }
 
 
-def _alone_s(rank: RankCost, usage: Usage) -> float:
+def alone_s(rank: RankCost, usage: Times) -> float:
     """What it would have computed without waiting in between. A quota that it did not use while it waited let it
     compute faster than it can go on: CPU time over the cores that it is granted is the least it takes alone."""
     return max(usage.step_compute_s, usage.step_cpu_s / rank.cores if rank.cores > 0 else 0.0)
 
 
-def _at_its_cap(rank: RankCost, usage: Usage) -> bool:
+def _at_its_cap(rank: RankCost, usage: Times) -> bool:
     return rank.cores > 0 and usage.step_cpu_s + usage.step_carrying_s > FULL * rank.cores * _step_s(usage)
 
 
-def _step_s(usage: Usage) -> float:
+def _step_s(usage: Times) -> float:
     return usage.step_compute_s + usage.step_sync_s
 
 

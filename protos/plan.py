@@ -35,9 +35,11 @@ class NodeView:
 
 
 class Work(StrEnum):
-    """How a rank works on a model. What is learned of one kind says little about another."""
+    """How a rank works on a model: alone on all of it, on all of it with others, on a stage, on a shard of all layers.
+    What is learned of one kind says half of another (strategies/learned.py)."""
 
     WHOLE = "whole"
+    REPLICA = "replica"
     STAGE = "stage"
     SHARD = "shard"
 

@@ -20,6 +20,7 @@ ABORT_STEPS = 20
 ABORT_BELOW = 0.8
 HYSTERESIS = 2.0
 
+_SQRT_2 = math.sqrt(2)
 _POINTS = 128  # of the integrals, evenly in ln t
 _TAILS = 5.0  # standard deviations, beyond which a time is as good as impossible
 
@@ -53,7 +54,7 @@ class Belief:
         """P(T > seconds)."""
         if self.deviation <= 0:
             return float(self.median_s > seconds)
-        return 0.5 * math.erfc(math.log(seconds / self.median_s) / (self.deviation * math.sqrt(2)))
+        return 0.5 * math.erfc(math.log(seconds / self.median_s) / (self.deviation * _SQRT_2))
 
     @property
     def foreseen(self) -> Belief:
@@ -84,7 +85,7 @@ def expected_loss_s(action: str, beliefs: Mapping[str, Belief]) -> float:
     if not others:
         return 0.0
     low, high = _range([mine, *others])
-    found = _integral(lambda t: mine.above(t) * (1.0 - math.prod(other.above(t) for other in others)), low, high)
+    found = _integral(lambda t: mine.above(t) * (1.0 - math.prod([other.above(t) for other in others])), low, high)
     return min(found, mine.mean_s)  # the integral is a sum of steps, so a little off
 
 
@@ -156,7 +157,7 @@ def _expected_least_s(beliefs: Mapping[str, Belief], tried: Collection[str]) -> 
     low, high = _range(foreseen)
     if low >= known_s:
         return known_s
-    return low + _integral(lambda t: math.prod(each.above(t) for each in foreseen), low, min(high, known_s))
+    return low + _integral(lambda t: math.prod([each.above(t) for each in foreseen]), low, min(high, known_s))
 
 
 def _range(beliefs: Sequence[Belief]) -> tuple[float, float]:
@@ -170,8 +171,9 @@ def _integral(value: Callable[[float], float], low: float, high: float) -> float
     if not high > low:
         return 0.0
     ratio = math.exp(math.log(high / low) / _POINTS)
+    half, width = math.sqrt(ratio), ratio - 1.0
     total, edge = 0.0, low
     for _ in range(_POINTS):
-        total += value(edge * math.sqrt(ratio)) * edge * (ratio - 1.0)
+        total += value(edge * half) * edge * width
         edge *= ratio
     return total

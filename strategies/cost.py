@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from protos.capacity import Capacity, FamilyRate
 from protos.jobspec import TrainSpec
@@ -67,7 +68,12 @@ class Speed:
 
 def layer_family(layer: LayerProfile) -> str:
     """Which measured rate a layer runs at."""
-    kind = layer.kind.lower()
+    return _family_of_kind(layer.kind)
+
+
+@lru_cache(maxsize=256)
+def _family_of_kind(kind: str) -> str:
+    kind = kind.lower()
     if "conv" in kind:
         return "conv"
     if any(name in kind for name in ("lstm", "gru", "rnn")):

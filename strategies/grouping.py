@@ -24,13 +24,14 @@ def groups(inputs: Inputs) -> list[TrustedGroup]:
 def close_groups(inputs: Inputs) -> list[TrustedGroup]:
     """The groups, and in each the nodes that are joined by quick links: one collective is as slow as its slowest link,
     so a quick node behind a slow one would hold up all others."""
+    holding = inputs.holding
     return [
         TrustedGroup(group.network, members)
         for group in groups(inputs)
         for members in joined_by_quick_links(inputs.cluster, group.nodes)
         if len(members) >= inputs.spec.nodes.min
         and sum(map(ranks_of, members)) > 1
-        and (not inputs.holding or any(node.node_id in inputs.holding for node in members))
+        and (not holding or any(node.node_id in holding for node in members))
     ]
 
 
@@ -44,22 +45,23 @@ def group_reasons(inputs: Inputs) -> tuple[str, ...]:
     if len(eligible) < nodes.min or sum(map(ranks_of, eligible)) < 2:
         others = f" ({', '.join(inputs.excluded)})" if inputs.excluded else ""
         return (f"needs {max(2, nodes.min)} usable nodes, there {_are(len(eligible))}{others}",)
-    trusted = [group for group in trusted_groups(eligible) if len(group.nodes) >= nodes.min]
+    if groups(inputs):
+        return ()
     wanted = "two" if nodes.min <= 2 else str(nodes.min)
-    if not trusted:
+    if not any(len(group.nodes) >= nodes.min for group in trusted_groups(eligible)):
         return (
             f"no {wanted} of the {len(eligible)} usable nodes share a trusted network: start the nodes of one LAN with "
             "`hive-node start --trusted-lan IFACE|CIDR`",
         )
     if not any(len(group.nodes) >= nodes.min for group in trusted_groups(eligible, inputs.cluster.apart)):
         return (f"no {wanted} of the {len(eligible)} usable nodes {REACH}: {_said(_why_apart(inputs))}",)
-    if not groups(inputs):
-        return ("no trusted network reaches a node that has the newest state of the job",)
-    return ()
+    return ("no trusted network reaches a node that has the newest state of the job",)
 
 
 def left_out(inputs: Inputs) -> tuple[str, ...]:
     """One clause on the eligible nodes that are in no group because others cannot connect to them."""
+    if not inputs.cluster.apart:
+        return ()
     eligible = inputs.eligible
     joined, wanted = (
         {node.node_id for group in trusted_groups(eligible, apart) for node in group.nodes}

@@ -30,10 +30,12 @@ from strategies.memory import expected_bytes
 if TYPE_CHECKING:
     from strategies.base import Inputs, PlacedEstimate
 
+TRANSFER = 0.5  # of the logarithm of a factor: a node is off by as much of its own as by the kind of work
+CUT_BINS = 2  # for each doubling of a rank's share
 SEVERAL = 3  # nodes that were off alike, before it is the model's doing
 WORK_OF = {
     StrategyName.SINGLE_NODE: Work.WHOLE,
-    StrategyName.DATA_PARALLEL: Work.WHOLE,
+    StrategyName.DATA_PARALLEL: Work.REPLICA,
     StrategyName.PIPELINE_PARALLEL: Work.STAGE,
     StrategyName.MODEL_PARALLEL: Work.SHARD,
 }
@@ -93,22 +95,32 @@ def memory_factor(inputs: Inputs, node: NodeView) -> float:
     return known.get(family_of(inputs.profile, node.capacity), 1.0) if known else 1.0
 
 
-def with_running(learned: Learned, estimate: CostEstimate, step_s: float) -> Learned:
-    """The same, and what a group that runs now takes for a step.
+def with_running(inputs: Inputs, estimate: CostEstimate, step_s: float, seen: Mapping[NodeId, float]) -> Inputs:
+    """The same question, and what a group that runs now takes for a step. `seen`: by how much its ranks were off
+    (coordinator/speeds.py), where they have said so.
 
-    A node that works alone and is slower than predicted would be so in any other plan, too: it has other things to do,
-    or its rates were wrong. Of several nodes nothing of the kind can be said: waiting may be what takes them long.
+    A node that works alone and is slower than predicted has other things to do, or its rates were wrong. Of several
+    nodes only what each computes by itself says so: waiting takes them long. A node that is slower than it was when it
+    worked on this model before is so at any kind of work; else it counts where nothing is known, and as TRANSFER says.
     """
-    basis = estimate.basis
+    basis, cluster = estimate.basis, inputs.cluster
     if basis is None:
-        return learned
+        return inputs
+    if len(estimate.ranks) == 1 and estimate.step_s > 0:
+        (rank,) = estimate.ranks
+        seen = {rank.node_id: rank.learned.work * step_s / estimate.step_s}
+    learned, models = cluster.learned, dict(cluster.learned.models)
+    expected = {rank.node_id: rank.learned.work for rank in estimate.ranks}
+    for work in Work if seen else ():
+        known = factors(inputs, work)
+        for node_id, factor in seen.items():
+            key, before = (node_id, basis.model, work), (node_id, basis.model, basis.work) in learned.models
+            if work is basis.work:
+                models[key] = factor
+            elif node_id in known and (before or key not in models):
+                models[key] = known[node_id].work * (factor / expected[node_id]) ** (1.0 if before else TRANSFER)
     steps = {**learned.steps, basis.combination: step_s}
-    if len(estimate.ranks) != 1 or not estimate.step_s > 0:
-        return replace(learned, steps=steps)
-    (rank,) = estimate.ranks
-    factor = rank.learned.work * step_s / estimate.step_s
-    models = {**learned.models, **{(rank.node_id, basis.model, work): factor for work in Work}}
-    return replace(learned, steps=steps, models=models)
+    return replace(inputs, cluster=replace(cluster, learned=replace(learned, steps=steps, models=models)))
 
 
 def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
@@ -149,12 +161,12 @@ def several(seen: Iterable[float]) -> float:
 
 
 def _at(kinds: Mapping[Work, Factors], work: Work) -> Factors:
-    """Else of the family at other kinds of work, so that a way that was never tried looks no better only because the
-    node is slower than when it joined."""
+    """Else of the family at other kinds of work, as far as that says something of this one."""
     if work in kinds:
         return kinds[work]
     return Factors(
-        geometric_mean(each.work for each in kinds.values()), geometric_mean(each.overhead for each in kinds.values())
+        geometric_mean(each.work for each in kinds.values()) ** TRANSFER,
+        geometric_mean(each.overhead for each in kinds.values()) ** TRANSFER,
     )
 
 
@@ -180,19 +192,24 @@ def model_key(profile: ModelProfile, train: TrainSpec) -> str:
 
 
 def combination(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -> str:
-    """Of a model, a batch and where each part of it runs; how many samples each rank takes follows from that."""
-    layout = placed.layout
-    shape = (len(layout.stages), layout.replicas, layout.schedule, layout.sharded, layout.tensor) if layout else ()
+    """Of a model, a batch, where each part of it runs and, roughly, how many samples each rank takes."""
+    layout, batch = placed.layout, inputs.spec.train.batch_size
+    shape = (layout.stages, layout.replicas, layout.schedule, layout.sharded, layout.tensor) if layout else ()
     return _digest(
         model_key(inputs.profile, inputs.spec.train),
-        inputs.spec.train.batch_size,
+        batch,
         strategy.value,
         placed.compression,
-        sorted(placed.nodes),
+        sorted((each.node_id, _share(each.samples, batch)) for each in placed.placements),
         shape,
         max(placed.accumulate),
         layout.checkpoint_activations if layout else False,
     )
+
+
+def _share(samples: int, batch: int) -> int:
+    """The same for shares that differ by less than what is learned from one job to the next makes them differ."""
+    return round(CUT_BINS * math.log2(max(1, samples) / batch))
 
 
 def _digest(*parts: object) -> str:

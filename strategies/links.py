@@ -10,6 +10,7 @@ import ipaddress
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from statistics import median
 from types import MappingProxyType
@@ -213,6 +214,7 @@ def _connected(nodes: Sequence[NodeView], apart: Apart) -> Iterator[tuple[NodeVi
             yield tuple(node for node in nodes if node.node_id in members)
 
 
+@lru_cache(maxsize=256)
 def _is_loopback(cidr: str) -> bool:
     if cidr == LOOPBACK:
         return True

@@ -38,15 +38,16 @@ def split_batch(ranks: Sequence[RankSpeed], batch: int, least: int = 0) -> tuple
     low, high = 0.0, max(rank.step_s(min(rank.cap, batch)) for rank in ranks)
     while sum(_within(ranks, high, least)) < batch:  # rounding may cost the last sample
         high *= 1.0 + 1e-12
+    samples = _within(ranks, high, least)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if not low < middle < high:
+        if sum(samples) == batch or not low < middle < high:  # counts that add up are those of the least time, too
             break
-        if sum(_within(ranks, middle, least)) >= batch:
-            high = middle
+        fewer = _within(ranks, middle, least)
+        if sum(fewer) >= batch:
+            high, samples = middle, fewer
         else:
             low = middle
-    samples = _within(ranks, high, least)
     slowest = [
         (-rank.step_s(count), index)
         for index, (rank, count) in enumerate(zip(ranks, samples, strict=True))

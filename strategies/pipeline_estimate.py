@@ -2,13 +2,14 @@
 
 Sizes each replica's share of the batch by the speed of its chain, checks the memory of every rank, adds up a step:
 max over replicas of (sum c_s + sum p_s + (m - 1) max q_s), then the gradients of replicated stages and tied tensors,
-then the optimizer. Returns None when a stage does not fit. Invariant: every replica has a sample for each micro-batch.
+then the optimizer. `weigh` says how long the job takes, None when a stage does not fit; `estimate` says all the rest of
+the one that is kept. Invariant: every replica has a sample for each micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,11 +42,6 @@ class Unit:
     node: NodeView
     host: Host
 
-    @property
-    def speed(self) -> float:
-        """Seconds of one sample through the whole model."""
-        return float(self.host.compute_s(1.0)[0, -1])
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -66,6 +62,14 @@ class Shape:
         return all_have_gpu(unit.node for slot in self.slots for unit in slot)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Replica:
+    """One host of every stage, and the links from each to the next."""
+
+    units: tuple[Unit, ...]
+    links: tuple[Link, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _Passing:
     """One replica's step, and of it what the slowest stage computes and what filling and draining costs."""
@@ -75,77 +79,116 @@ class _Passing:
     bubble_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """Of a step: how long it takes, the bytes over all links, and where they go."""
+
+    seconds: float
+    bytes: float
+    traffic: Traffic
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weighed:
+    """`seconds` of the whole job, and what they are made of."""
+
+    seconds: float
+    shape: Shape
+    replicas: tuple[Replica, ...]
+    samples: tuple[int, ...]  # of each replica
+    longest: _Passing
+    gradients: _Exchange
+    tied: _Exchange
+    step_s: float
+    terms: Mapping[str, float]
+
+
 def load_of(inputs: Inputs, replicas: int, rows: float, micro_batches: int, schedule: Schedule) -> Load:
     bucket = GRADIENT_BYTES if replicas > 1 else 0
     return Load(micro_batches, rows, schedule, bytes_per_parameter(inputs.spec.train.optimizer) + bucket)
 
 
-def weigh(inputs: Inputs, segments: Segments, network: str, shape: Shape) -> PlacedEstimate | None:
+def weigh(inputs: Inputs, segments: Segments, shape: Shape) -> Weighed | None:
     profile, data, train = inputs.profile, inputs.data, inputs.spec.train
-    chains = _replicas(inputs, shape)
-    samples = _shares(inputs, segments, shape, chains)
+    replicas = _replicas(inputs, shape)
+    samples = _shares(inputs, segments, shape, replicas)
     if samples is None:
         return None
-    passings = [_passes(inputs, segments, shape, chain, count) for chain, count in zip(chains, samples, strict=True)]
+    passings = [_passes(segments, shape, replica, count) for replica, count in zip(replicas, samples, strict=True)]
     longest = max(passings, key=lambda passing: passing.seconds)
-    sync_s, sync_bytes, sync_traffic = _gradients(inputs, segments, shape)
-    tied_s, tied_bytes, tied_traffic = _tied(inputs, segments, shape, chains)
+    gradients = _gradients(inputs, segments, shape)
+    tied = _tied(inputs, segments, shape, replicas)
     optimizer_s = max(
         cost.optimizer_s(float(segments.parameters[piece]), unit.node.capacity, train)
         for piece, slot in zip(shape.pieces, shape.slots, strict=True)
         for unit in slot
     )
-    step_s = longest.seconds + sync_s + tied_s + optimizer_s
-    ranks = [unit for chain in chains for unit in chain]
-    startup_s = cost.startup_s(profile, [unit.node.capacity for unit in ranks], traced=True)
-    wait_s = max(download_s(data.bytes, unit.node) for unit in ranks)
+    step_s = longest.seconds + gradients.seconds + tied.seconds + optimizer_s
+    nodes = [unit.node for replica in replicas for unit in replica.units]
+    startup_s = cost.startup_s(profile, [node.capacity for node in nodes], traced=True)
+    wait_s = max(download_s(data.bytes, node) for node in nodes)
     elsewhere = sum(float(segments.parameters[piece]) for piece in shape.pieces[1:])
-    delivery_s = collected_s(inputs.cluster, [unit.node for unit in chains[0]], 4.0 * elsewhere)
+    delivery_s = collected_s(inputs.cluster, [unit.node for unit in replicas[0].units], 4.0 * elsewhere)
     batches = (data.test_rows or 0) / train.batch_size
     evaluation_s = (
         cost.evaluations(profile, train, data) * batches * longest.seconds * cost.EVALUATION_FACTOR
     ) / cost.TRAINING_FACTOR
-    crossing, crossing_traffic = _crossing(inputs, segments, shape, chains, samples)
-    estimate = CostEstimate(
-        seconds=startup_s + wait_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s + delivery_s,
-        step_s=step_s,
-        bytes_per_step=crossing + sync_bytes + tied_bytes,
-        memory_bytes=_memory(inputs, segments, shape, chains, samples),
-        terms={
+    return Weighed(
+        startup_s + wait_s + cost.assumed_steps(profile, train, data) * step_s + evaluation_s + delivery_s,
+        shape,
+        replicas,
+        samples,
+        longest,
+        gradients,
+        tied,
+        step_s,
+        {
             "compute": longest.busy_s,
             "bubble": longest.bubble_s,
-            "sync": longest.seconds - longest.busy_s - longest.bubble_s + sync_s + tied_s,
+            "sync": longest.seconds - longest.busy_s - longest.bubble_s + gradients.seconds + tied.seconds,
             "optimizer": optimizer_s,
             "startup": startup_s,
             "transfer": wait_s,
             "evaluation": evaluation_s,
             "delivery": delivery_s,
         },
-        ranks=tuple(
-            _rank(inputs, segments, shape, stage, unit, count)
-            for chain, count in zip(chains, samples, strict=True)
-            for stage, unit in enumerate(chain)
-        ),
     )
+
+
+def estimate(inputs: Inputs, segments: Segments, network: str, weighed: Weighed) -> PlacedEstimate:
+    profile, shape, tied = inputs.profile, weighed.shape, weighed.tied
+    shares = list(zip(weighed.replicas, weighed.samples, strict=True))
+    crossing = _crossing(segments, shape, shares)
     stages = tuple((segments.bounds[first], segments.bounds[last]) for first, last in shape.pieces)
+    ranks = [
+        (replica, stage, unit, count)
+        for replica, (members, count) in enumerate(shares)
+        for stage, unit in enumerate(members.units)
+    ]
     return PlacedEstimate(
-        estimate,
+        CostEstimate(
+            seconds=weighed.seconds,
+            step_s=weighed.step_s,
+            bytes_per_step=crossing.bytes + weighed.gradients.bytes + tied.bytes,
+            memory_bytes=_memory(inputs, segments, shape, shares),
+            terms=weighed.terms,
+            ranks=tuple(_rank(inputs, segments, shape, stage, unit, count) for _, stage, unit, count in ranks),
+        ),
         tuple(
-            Placement(replica * len(stages) + stage, unit.node.node_id, count, stage, replica)
-            for replica, (chain, count) in enumerate(zip(chains, samples, strict=True))
-            for stage, unit in enumerate(chain)
+            Placement(rank, unit.node.node_id, count, stage, replica)
+            for rank, (replica, stage, unit, count) in enumerate(ranks)
         ),
         (shape.micro_batches,) * len(ranks),
-        cost.steps_of(train, data),
+        cost.steps_of(inputs.spec.train, inputs.data),
         network,
-        transfer_s=wait_s,
+        transfer_s=weighed.terms["transfer"],
         layout=Layout(
             stages,
             tuple(profile.layers[last - 1].name for _, last in stages[:-1]),
-            len(chains),
+            len(shares),
             shape.schedule,
         ),
-        links=link_uses(crossing_traffic, sync_traffic, tied_traffic),
+        links=link_uses(crossing.traffic, weighed.gradients.traffic, tied.traffic),
     )
 
 
@@ -153,7 +196,7 @@ def _rank(inputs: Inputs, segments: Segments, shape: Shape, stage: int, unit: Un
     """What it sends: activations to the next stage, their gradients to the one before, its part of averages."""
     piece = shape.pieces[stage]
     passes = math.ceil(samples / math.ceil(samples / shape.micro_batches))
-    overhead_s = passes * float(unit.host.compute_s(0.0)[piece])
+    overhead_s = passes * float(unit.host.compute_s(0.0, piece))
     work_s = samples * float(unit.host.seconds[piece])
     optimizer_s = cost.optimizer_s(float(segments.parameters[piece]), unit.node.capacity, inputs.spec.train)
     crossing = samples * float(segments.cut_bytes[piece[0]] + segments.cut_bytes[piece[1]])
@@ -165,75 +208,83 @@ def _rank(inputs: Inputs, segments: Segments, shape: Shape, stage: int, unit: Un
     return RankCost(node_id, overhead_s + work_s + optimizer_s, overhead_s, crossing + averaged + tied)
 
 
-def _replicas(inputs: Inputs, shape: Shape) -> list[tuple[Unit, ...]]:
+def _replicas(inputs: Inputs, shape: Shape) -> tuple[Replica, ...]:
     """One host of every slot each: the next stage of a replica is where the link to it is best."""
     chains: list[list[Unit]] = [[unit] for unit in shape.slots[0]]
+    joined: list[list[Link]] = [[] for _ in chains]
     for slot in shape.slots[1:]:
         left = list(slot)
-        for chain in chains:
+        for chain, taken in zip(chains, joined, strict=True):
             links = [link_between(inputs.cluster, chain[-1].node, unit.node) for unit in left]
             best = min(range(len(left)), key=lambda k: (-round(math.log2(links[k].bytes_per_s)), k))
             chain.append(left.pop(best))
-    return [tuple(chain) for chain in chains]
+            taken.append(links[best])
+    return tuple(Replica(tuple(chain), tuple(links)) for chain, links in zip(chains, joined, strict=True))
 
 
-def _shares(inputs: Inputs, segments: Segments, shape: Shape, chains: list[tuple[Unit, ...]]) -> tuple[int, ...] | None:
+def _shares(inputs: Inputs, segments: Segments, shape: Shape, replicas: tuple[Replica, ...]) -> tuple[int, ...] | None:
     """Samples of each replica by the speed of its chain and the memory of its stages; None when they do not fit."""
     batch, count = inputs.spec.train.batch_size, shape.micro_batches
-    if batch < count * len(chains):
+    if batch < count * len(replicas):
         return None
     # in whole rows of every micro-batch where the batch allows it
     unit = count if batch % count == 0 else 1
-    speeds = []
-    for chain in chains:
-        empty, full = (_pass(inputs, segments, shape, chain, rows, count).seconds for rows in (0.0, batch / count))
-        rows = min(math.ceil(batch / count), _most_rows(inputs, segments, shape, chain))
-        speeds.append(RankSpeed(empty, max((full - empty) * unit / batch, 1e-12), min(batch, rows * count) // unit))
-    if any(speed.cap < count // unit for speed in speeds) or sum(speed.cap for speed in speeds) < batch // unit:
+    caps = [
+        min(batch, min(math.ceil(batch / count), _most_rows(inputs, segments, shape, replica)) * count) // unit
+        for replica in replicas
+    ]
+    if any(cap < count // unit for cap in caps) or sum(caps) < batch // unit:
         return None
+    if len(replicas) == 1:
+        return (batch,)  # nothing to share
+    speeds = []
+    for replica, cap in zip(replicas, caps, strict=True):
+        empty, full = (_pass(segments, shape, replica, rows, count).seconds for rows in (0.0, batch / count))
+        speeds.append(RankSpeed(empty, max((full - empty) * unit / batch, 1e-12), cap))
     return tuple(unit * share for share in split_batch(alike(speeds, batch // unit), batch // unit, count // unit))
 
 
-def _most_rows(inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit, ...]) -> int:
+def _most_rows(inputs: Inputs, segments: Segments, shape: Shape, replica: Replica) -> int:
     """Rows of a micro-batch that every stage of the chain has room for."""
     most = float(inputs.spec.train.batch_size)
-    for stage, (piece, unit) in enumerate(zip(shape.pieces, chain, strict=True)):
-        fixed = _stage_bytes(inputs, segments, shape, stage, piece, 0.0)
-        row = _stage_bytes(inputs, segments, shape, stage, piece, 1.0) - fixed
+    empty, one = (_load(inputs, shape, rows) for rows in (0.0, 1.0))
+    for stage, unit in enumerate(replica.units):
+        fixed = _stage_bytes(segments, shape, empty, stage)
+        row = _stage_bytes(segments, shape, one, stage) - fixed
         if fixed > unit.host.budget_bytes:
             return 0
         most = min(most, (unit.host.budget_bytes - fixed) / max(row, 1e-9))
     return int(most)
 
 
-def _stage_bytes(
-    inputs: Inputs, segments: Segments, shape: Shape, stage: int, piece: tuple[int, int], rows: float
-) -> float:
-    load = load_of(inputs, len(shape.slots[0]), rows, shape.micro_batches, shape.schedule)
-    return float(stage_bytes(segments, load, len(shape.slots) - stage)[piece])
+def _load(inputs: Inputs, shape: Shape, rows: float) -> Load:
+    return load_of(inputs, len(shape.slots[0]), rows, shape.micro_batches, shape.schedule)
 
 
-def _passes(inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit, ...], samples: int) -> _Passing:
+def _stage_bytes(segments: Segments, shape: Shape, load: Load, stage: int) -> float:
+    return float(stage_bytes(segments, load, len(shape.slots) - stage, shape.pieces[stage]))
+
+
+def _passes(segments: Segments, shape: Shape, replica: Replica, samples: int) -> _Passing:
     """Full micro-batches, and a smaller one after them for what is left."""
     rows = math.ceil(samples / shape.micro_batches)
-    first = _pass(inputs, segments, shape, chain, rows, samples // rows)
+    first = _pass(segments, shape, replica, rows, samples // rows)
     if samples % rows == 0:
         return first
-    rest = _pass(inputs, segments, shape, chain, samples % rows, 1)
+    rest = _pass(segments, shape, replica, samples % rows, 1)
     return _Passing(first.seconds + rest.seconds, first.busy_s + rest.busy_s, first.bubble_s + rest.bubble_s)
 
 
-def _pass(
-    inputs: Inputs, segments: Segments, shape: Shape, chain: tuple[Unit, ...], rows: float, micro_batches: int
-) -> _Passing:
-    compute = [float(unit.host.compute_s(rows)[piece]) for piece, unit in zip(shape.pieces, chain, strict=True)]
-    burst = [cost.burst_share(unit.node.capacity) * seconds for seconds, unit in zip(compute, chain, strict=True)]
+def _pass(segments: Segments, shape: Shape, replica: Replica, rows: float, micro_batches: int) -> _Passing:
+    units = replica.units
+    compute = [float(unit.host.compute_s(rows, piece)) for piece, unit in zip(shape.pieces, units, strict=True)]
+    burst = [cost.burst_share(unit.node.capacity) * seconds for seconds, unit in zip(compute, units, strict=True)]
     sent = [
-        transfer_s(link_between(inputs.cluster, a.node, b.node), rows * float(segments.cut_bytes[cut]))
-        for (a, b), cut in zip(pairwise(chain), shape.cuts[1:], strict=False)
+        transfer_s(link, rows * float(segments.cut_bytes[cut]))
+        for link, cut in zip(replica.links, shape.cuts[1:-1], strict=True)
     ]
     # as cost.in_group_s: stages wait for each micro-batch
-    spared_s = micro_batches * min(cost.kept_s(unit.node.capacity) for unit in chain)
+    spared_s = micro_batches * min(cost.kept_s(unit.node.capacity) for unit in units)
     waiting_s = _filled_s(compute, sent, micro_batches)
     seconds = max(_filled_s(burst, sent, micro_batches), waiting_s - spared_s, micro_batches * max(compute))
     bubble_s = min(sum(compute) - max(compute), seconds - micro_batches * max(compute))
@@ -247,38 +298,35 @@ def _filled_s(compute: Sequence[float], sent: Sequence[float], micro_batches: in
 
 
 def _memory(
-    inputs: Inputs, segments: Segments, shape: Shape, chains: list[tuple[Unit, ...]], samples: tuple[int, ...]
+    inputs: Inputs, segments: Segments, shape: Shape, shares: Sequence[tuple[Replica, int]]
 ) -> dict[NodeId, int]:
     """Of the fullest rank of each node: with several GPUs each has its own memory."""
     found: dict[NodeId, int] = {}
-    for chain, count in zip(chains, samples, strict=True):
-        rows = math.ceil(count / shape.micro_batches)
-        for stage, (piece, unit) in enumerate(zip(shape.pieces, chain, strict=True)):
-            need = int(_stage_bytes(inputs, segments, shape, stage, piece, rows))
+    for replica, count in shares:
+        load = _load(inputs, shape, math.ceil(count / shape.micro_batches))
+        for stage, unit in enumerate(replica.units):
+            need = int(_stage_bytes(segments, shape, load, stage))
             found[unit.node.node_id] = max(need, found.get(unit.node.node_id, 0))
     return found
 
 
-def _crossing(
-    inputs: Inputs, segments: Segments, shape: Shape, chains: list[tuple[Unit, ...]], samples: tuple[int, ...]
-) -> tuple[float, Traffic]:
-    """Activations and their gradients of a whole batch."""
+def _crossing(segments: Segments, shape: Shape, shares: Sequence[tuple[Replica, int]]) -> _Exchange:
+    """Activations and their gradients of a whole batch: of each link by itself."""
     total, traffic = 0.0, dict[tuple[NodeId, NodeId], tuple[float, float]]()
-    for chain, count in zip(chains, samples, strict=True):
-        for (a, b), cut in zip(pairwise(chain), shape.cuts[1:], strict=False):
+    for replica, count in shares:
+        for (a, b), link, cut in zip(pairwise(replica.units), replica.links, shape.cuts[1:-1], strict=True):
             sent = 2 * count * float(segments.cut_bytes[cut])
-            link = link_between(inputs.cluster, a.node, b.node)
             took_s = shape.micro_batches * link.rtt_s + sent / link.bytes_per_s
             add_traffic(traffic, a.node.node_id, b.node.node_id, sent, took_s)
             total += sent
-    return total, traffic
+    return _Exchange(0.0, total, traffic)
 
 
-def _gradients(inputs: Inputs, segments: Segments, shape: Shape) -> tuple[float, float, Traffic]:
-    """Stages average beside each other: the slowest counts. Also the bytes and where they go."""
+def _gradients(inputs: Inputs, segments: Segments, shape: Shape) -> _Exchange:
+    """Stages average beside each other: the slowest counts."""
     replicas = len(shape.slots[0])
     if replicas < 2:
-        return 0.0, 0.0, {}
+        return _Exchange(0.0, 0.0, {})
     slowest_s, total = 0.0, 0.0
     found: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
     for piece, slot in zip(shape.pieces, shape.slots, strict=True):
@@ -290,24 +338,22 @@ def _gradients(inputs: Inputs, segments: Segments, shape: Shape) -> tuple[float,
         slowest_s, total = max(slowest_s, took_s), total + moved
         for (a, b), (sent, seconds) in ring_traffic(nodes, moved / replicas, took_s).items():
             add_traffic(found, a, b, sent, seconds)
-    return slowest_s, total, found
+    return _Exchange(slowest_s, total, found)
 
 
-def _tied(
-    inputs: Inputs, segments: Segments, shape: Shape, chains: list[tuple[Unit, ...]]
-) -> tuple[float, float, Traffic]:
+def _tied(inputs: Inputs, segments: Segments, shape: Shape, replicas: Sequence[Replica]) -> _Exchange:
     """A tensor that two stages use: the first stage and the one that borrows it add up their gradients."""
     seconds, total = 0.0, 0.0
     found: dict[tuple[NodeId, NodeId], tuple[float, float]] = {}
-    for chain in chains:
+    for first, *others in (replica.units for replica in replicas):
         chain_s = 0.0
-        for piece, unit in list(zip(shape.pieces, chain, strict=True))[1:]:
+        for piece, unit in zip(shape.pieces[1:], others, strict=True):
             volume = 4.0 * float(segments.borrowed[piece])
             if volume:
-                link = link_between(inputs.cluster, chain[0].node, unit.node)
+                link = link_between(inputs.cluster, first.node, unit.node)
                 took_s = cost.all_reduce_s(2, volume, link.rtt_s, link.bytes_per_s, gpu=shape.gpu)
                 sent = cost.all_reduce_bytes(2, volume, gpu=shape.gpu)
-                add_traffic(found, chain[0].node.node_id, unit.node.node_id, sent, took_s)
+                add_traffic(found, first.node.node_id, unit.node.node_id, sent, took_s)
                 chain_s, total = chain_s + took_s, total + sent
         seconds = max(seconds, chain_s)
-    return seconds, total, found
+    return _Exchange(seconds, total, found)

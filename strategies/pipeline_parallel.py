@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -21,9 +22,9 @@ from strategies.base import Answer, Inputs, PlacedEstimate, gib, placed_of, reas
 from strategies.grouping import group_reasons, groups
 from strategies.links import Link, TrustedGroup, link_between, ranks_of
 from strategies.memory import SHARE, budget_bytes
-from strategies.pipeline_estimate import Shape, Unit, load_of, weigh
+from strategies.pipeline_estimate import Shape, Unit, Weighed, estimate, load_of, weigh
 from strategies.segments import Segments, segments_of, stage_bytes
-from strategies.stages import ROUGH_SLACK, SLACK, Host, Question, chains
+from strategies.stages import ROUGH_SLACK, SLACK, Chain, Host, Question, Solver
 
 MOST_UNITS = 16  # hosts that are considered: the fastest, or the roomiest when those do not hold the model
 PASS_S = 5e-4  # of one micro-batch in one stage on a whole core: the schedule's bookkeeping, sends and receives
@@ -133,7 +134,7 @@ def _choices(inputs: Inputs, segments: Segments, group: TrustedGroup) -> list[li
     holding = inputs.holding
 
     def fast(unit: Unit) -> tuple[bool, float, str]:
-        return (unit.node.node_id not in holding, unit.speed, unit.node.name)
+        return (unit.node.node_id not in holding, unit.host.sample_s, unit.node.name)
 
     def roomy(unit: Unit) -> tuple[bool, float, str]:
         return (unit.node.node_id not in holding, -unit.host.budget_bytes, unit.node.name)
@@ -147,7 +148,7 @@ def _unit(inputs: Inputs, segments: Segments, node: NodeView) -> Unit:
     capacity = node.capacity
     seconds = segments.sums(cost.layer_seconds(inputs.profile, capacity))
     passes = segments.sums(cost.layer_passes(inputs.profile, capacity))
-    return Unit(node, Host(seconds, cost.stretched_s(PASS_S, capacity), budget_bytes(node), passes))
+    return Unit(node, Host(seconds, cost.stretched_s(PASS_S, capacity), passes, budget_bytes(node)))
 
 
 def _slots(inputs: Inputs, units: Sequence[Unit], replicas: int) -> list[tuple[Unit, ...]]:
@@ -167,17 +168,27 @@ def _slots(inputs: Inputs, units: Sequence[Unit], replicas: int) -> list[tuple[U
 
 def _climb(inputs: Inputs, segments: Segments, network: str, slots: list[tuple[Unit, ...]]) -> PlacedEstimate | None:
     """Over the number of micro-batches: from two for each stage up until one fits, then to where the time is least."""
-    counts = micro_batch_counts(inputs, inputs.spec.train.batch_size // len(slots[0]))
-    if not counts:
+    replicas, nodes = len(slots[0]), inputs.spec.nodes
+    counts = micro_batch_counts(inputs, inputs.spec.train.batch_size // replicas)
+    alone = all(ranks_of(unit.node) == 1 for slot in slots for unit in slot)
+    asked = inputs.options(StrategyName.PIPELINE_PARALLEL).stages
+    most = asked or (nodes.max // replicas if alone else len(slots))
+    if not counts or most < 2:
         return None
-    links = _links_of(inputs, slots)
-    known: dict[int, PlacedEstimate | None] = {}
+    required = frozenset(k for k, slot in enumerate(slots) if any(u.node.node_id in inputs.holding for u in slot))
+    hosts, links = tuple(map(_joint, slots)), _links_of(inputs, slots)
+    known: dict[int, _Counted] = {}
+
+    def counted(index: int) -> _Counted:
+        if index not in known:
+            rows = math.ceil(inputs.spec.train.batch_size / replicas / counts[index])
+            load = load_of(inputs, replicas, rows, counts[index], _schedule(inputs))
+            question = Question(segments, hosts, links, load, most, asked or 2, required)
+            known[index] = _Counted(inputs, slots, question)
+        return known[index]
 
     def at(index: int) -> float:
-        if index not in known:
-            known[index] = _with(inputs, segments, network, slots, links, counts[index], ROUGH_SLACK)
-        found = known[index]
-        return math.inf if found is None else found.cost.seconds
+        return counted(index).rough_s
 
     wanted = 2 * min(len(slots), segments.count)
     start = min(range(len(counts)), key=lambda index: abs(math.log(counts[index] / wanted)))
@@ -189,7 +200,38 @@ def _climb(inputs: Inputs, segments: Segments, network: str, slots: list[tuple[U
     for step in (1, -1):
         while 0 <= here + step < len(counts) and at(here + step) < at(here):
             here += step
-    return _with(inputs, segments, network, slots, links, counts[here], SLACK)
+    best = counted(here).best(SLACK)
+    return None if best is None else estimate(inputs, segments, network, best)
+
+
+class _Counted:
+    """What is possible with so many micro-batches; each chain is weighed once."""
+
+    def __init__(self, inputs: Inputs, slots: Sequence[tuple[Unit, ...]], question: Question) -> None:
+        self._inputs, self._slots, self._question = inputs, slots, question
+        self._solver = Solver(question)
+        self._weighed: dict[Chain, Weighed | None] = {}
+
+    @cached_property
+    def rough_s(self) -> float:
+        """Of the best chain that is quick to find; infinite when there is none."""
+        best = self.best(ROUGH_SLACK)
+        return math.inf if best is None else best.seconds
+
+    def best(self, slacks: Sequence[float]) -> Weighed | None:
+        """Weighed exactly; None when none fits."""
+        found = [weighed for chain in self._solver.chains(slacks) if (weighed := self._weigh(chain)) is not None]
+        return min(found, key=lambda weighed: weighed.seconds, default=None)
+
+    def _weigh(self, chain: Chain) -> Weighed | None:
+        if chain not in self._weighed:
+            load, nodes = self._question.load, self._inputs.spec.nodes
+            slots = tuple(self._slots[host] for host in chain.hosts)
+            shape = Shape(slots, chain.cuts, load.micro_batches, load.schedule)
+            used = len({unit.node.node_id for slot in slots for unit in slot})
+            fits = nodes.min <= used <= nodes.max
+            self._weighed[chain] = weigh(self._inputs, self._question.segments, shape) if fits else None
+        return self._weighed[chain]
 
 
 def _links_of(inputs: Inputs, slots: Sequence[tuple[Unit, ...]]) -> list[list[Link]]:
@@ -202,42 +244,13 @@ def _links_of(inputs: Inputs, slots: Sequence[tuple[Unit, ...]]) -> list[list[Li
     return [[worst(a, b) for b in slots] for a in slots]
 
 
-def _with(
-    inputs: Inputs,
-    segments: Segments,
-    network: str,
-    slots: list[tuple[Unit, ...]],
-    links: list[list[Link]],
-    micro_batches: int,
-    slacks: Sequence[float],
-) -> PlacedEstimate | None:
-    """The best chain with so many micro-batches, weighed exactly; None when none fits."""
-    nodes, asked = inputs.spec.nodes, inputs.options(StrategyName.PIPELINE_PARALLEL)
-    replicas, batch, schedule = len(slots[0]), inputs.spec.train.batch_size, _schedule(inputs)
-    load = load_of(inputs, replicas, math.ceil(batch / replicas / micro_batches), micro_batches, schedule)
-    alone = all(ranks_of(unit.node) == 1 for slot in slots for unit in slot)
-    most = asked.stages or (nodes.max // replicas if alone else len(slots))
-    if most < 2:
-        return None
-    required = frozenset(k for k, slot in enumerate(slots) if any(u.node.node_id in inputs.holding for u in slot))
-    question = Question(segments, tuple(map(_joint, slots)), links, load, most, asked.stages or 2, required)
-    best: PlacedEstimate | None = None
-    for chain in chains(question, slacks):
-        shape = Shape(tuple(slots[host] for host in chain.hosts), chain.cuts, micro_batches, schedule)
-        used = len({unit.node.node_id for slot in shape.slots for unit in slot})
-        placed = weigh(inputs, segments, network, shape) if nodes.min <= used <= nodes.max else None
-        if placed is not None and (best is None or placed.cost.seconds < best.cost.seconds):
-            best = placed
-    return best
-
-
 def _joint(slot: tuple[Unit, ...]) -> Host:
     """One stage on several hosts, each with samples by its speed, as if it were one."""
-    shares = [1 / max(unit.speed, 1e-12) for unit in slot]
+    shares = [1 / max(unit.host.sample_s, 1e-12) for unit in slot]
     scale = len(slot) / sum(shares)
     seconds = np.max([scale * share * unit.host.seconds for share, unit in zip(shares, slot, strict=True)], axis=0)
-    passes = np.max([np.broadcast_to(unit.host.pass_s, seconds.shape) for unit in slot], axis=0)
-    return Host(seconds, max(u.host.overhead_s for u in slot), min(u.host.budget_bytes for u in slot), passes)
+    passes = np.max([unit.host.pass_s for unit in slot], axis=0)
+    return Host(seconds, max(u.host.overhead_s for u in slot), passes, min(u.host.budget_bytes for u in slot))
 
 
 def _last_reasons(inputs: Inputs, segments: Segments) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import EllipsisType
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,12 @@ class Segments:
     bounds: tuple[int, ...]
     names: tuple[str, ...]  # the last layer of each piece
     cut_bytes: Array  # [k]: crosses between pieces k - 1 and k, for one sample; 0 at both ends
+    crossing_bytes: Array  # what comes in and what goes out together
     parameters: Array
     borrowed: Array  # of them, copies of what an earlier stage holds
-    activation_bytes: Array
+    held_bytes: Array  # activations, and in the last stage what the loss keeps
     output_bytes: Array  # the largest output of a layer
     largest: Array  # parameters of the largest layer
-    loss_bytes: float  # what the loss keeps in the last stage
 
     @property
     def count(self) -> int:
@@ -43,8 +44,7 @@ class Segments:
 
     def sums(self, per_layer: Sequence[float]) -> Array:
         """[i, j] of any figure that adds up over layers; meaningless where j < i."""
-        prefix = np.concatenate([[0.0], np.cumsum(np.asarray(per_layer, dtype=float))])[list(self.bounds)]
-        return np.asarray(prefix[None, :] - prefix[:, None])
+        return _sums(per_layer, self.bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,43 +69,34 @@ def segments_of(profile: ModelProfile, most: int = MOST_SEGMENTS) -> Segments:
     layers = profile.layers
     cuts = _spread(profile, [k for k, layer in enumerate(layers[:-1]) if layer.cut_bytes_per_sample is not None], most)
     bounds = (0, *(cut + 1 for cut in cuts), len(layers))
-    crossing = [0.0, *(float(layers[cut].cut_bytes_per_sample or 0.0) for cut in cuts), 0.0]
-    empty = Segments(
+    cut_bytes = np.array([0.0, *(float(layers[cut].cut_bytes_per_sample or 0.0) for cut in cuts), 0.0])
+    borrowed = _sums([layer.borrowed_parameters for layer in layers], bounds)
+    borrowed[0, :] = 0.0
+    held = _sums([layer.activation_bytes_per_sample for layer in layers], bounds)
+    held[:, -1] += max(0.0, profile.peak_activation_bytes_per_sample - profile.activation_bytes_per_sample)
+    return Segments(
         bounds=bounds,
         names=tuple(last_of(layers[end - 1].name) for end in bounds[1:]),
-        cut_bytes=np.array(crossing),
-        parameters=np.zeros(0),
-        borrowed=np.zeros(0),
-        activation_bytes=np.zeros(0),
-        output_bytes=np.zeros(0),
-        largest=np.zeros(0),
-        loss_bytes=max(0.0, profile.peak_activation_bytes_per_sample - profile.activation_bytes_per_sample),
-    )
-    borrowed = empty.sums([layer.borrowed_parameters for layer in layers])
-    borrowed[0, :] = 0.0
-    return Segments(
-        bounds,
-        empty.names,
-        empty.cut_bytes,
-        empty.sums([layer.parameters for layer in layers]) + borrowed,
-        borrowed,
-        empty.sums([layer.activation_bytes_per_sample for layer in layers]),
-        _largest([layer.output_bytes_per_sample for layer in layers], bounds),
-        _largest([float(layer.parameters) for layer in layers], bounds),
-        empty.loss_bytes,
+        cut_bytes=cut_bytes,
+        crossing_bytes=cut_bytes[:, None] + cut_bytes[None, :],
+        parameters=_sums([layer.parameters for layer in layers], bounds) + borrowed,
+        borrowed=borrowed,
+        held_bytes=held,
+        output_bytes=_largest([layer.output_bytes_per_sample for layer in layers], bounds),
+        largest=_largest([float(layer.parameters) for layer in layers], bounds),
     )
 
 
-def stage_bytes(segments: Segments, load: Load, stages_behind: int) -> Array:
-    """[i, j]: memory of a stage with so many stages from it to the end. Between stages the engine keeps a buffer for
-    what comes in of every micro-batch, and for every gradient that comes back. Gradients add up over micro-batches: the
-    newest of a layer lies beside the sum."""
-    fixed = segments.parameters * load.parameter_bytes + 4 * segments.largest
+def stage_bytes(
+    segments: Segments, load: Load, stages_behind: int, piece: tuple[int, int] | EllipsisType = ...
+) -> Array:
+    """[i, j], or of one `piece`: memory of a stage with so many stages from it to the end. Between stages the engine
+    keeps a buffer for what comes in of every micro-batch, and for every gradient that comes back. Gradients add up over
+    micro-batches: the newest of a layer lies beside the sum."""
+    fixed = segments.parameters[piece] * load.parameter_bytes + 4 * segments.largest[piece]
     fixed = fixed + stage_reserve_bytes()
-    held = segments.activation_bytes.copy()
-    held[:, -1] += segments.loss_bytes
-    crossing = segments.cut_bytes[:, None] + segments.cut_bytes[None, :]
-    row = held * load.held(stages_behind) + 2 * segments.output_bytes + load.micro_batches * crossing
+    held = segments.held_bytes[piece] * load.held(stages_behind)
+    row = held + 2 * segments.output_bytes[piece] + load.micro_batches * segments.crossing_bytes[piece]
     return np.asarray(fixed + row * load.rows)
 
 
@@ -125,6 +116,11 @@ def _spread(profile: ModelProfile, cuts: list[int], most: int) -> list[int]:
         if kept is None or (layers[cut].cut_bytes_per_sample or 0.0) < (layers[kept].cut_bytes_per_sample or 0.0):
             best[bucket] = cut
     return sorted(best.values())
+
+
+def _sums(values: Sequence[float], bounds: Sequence[int]) -> Array:
+    prefix = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])[list(bounds)]
+    return np.asarray(prefix[None, :] - prefix[:, None])
 
 
 def _largest(values: Sequence[float], bounds: Sequence[int]) -> Array:

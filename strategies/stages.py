@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from types import EllipsisType
 
 import numpy as np
 
@@ -36,12 +37,17 @@ class Host:
 
     seconds: Array
     overhead_s: float
+    pass_s: Array
     budget_bytes: float
-    pass_s: Array | float = 0.0
 
-    def compute_s(self, rows: float) -> Array:
-        """[i, j]: one micro-batch, forward and backward."""
-        return np.asarray(self.overhead_s + self.pass_s + rows * self.seconds)
+    def compute_s(self, rows: float, piece: tuple[int, int] | EllipsisType = ...) -> Array:
+        """[i, j], or of one `piece`: one micro-batch, forward and backward."""
+        return np.asarray(self.overhead_s + self.pass_s[piece] + rows * self.seconds[piece])
+
+    @property
+    def sample_s(self) -> float:
+        """Of one sample through the whole model."""
+        return float(self.compute_s(1.0, (0, -1)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,9 +89,9 @@ def chain_s(question: Question, chain: Chain) -> float:
     for stage, host in enumerate(chain.hosts):
         first, last = chain.cuts[stage], chain.cuts[stage + 1]
         behind = len(chain.hosts) - stage
-        if stage_bytes(segments, load, behind)[first, last] > question.hosts[host].budget_bytes:
+        if stage_bytes(segments, load, behind, (first, last)) > question.hosts[host].budget_bytes:
             return math.inf
-        compute_s = float(question.hosts[host].compute_s(load.rows)[first, last])
+        compute_s = float(question.hosts[host].compute_s(load.rows, (first, last)))
         sent_s = 0.0
         if behind > 1:
             link = question.links[host][chain.hosts[stage + 1]]
@@ -93,20 +99,6 @@ def chain_s(question: Question, chain: Chain) -> float:
         total += compute_s + sent_s
         slowest = max(slowest, _mixed(compute_s, sent_s))
     return total + (load.micro_batches - 1) * slowest
-
-
-def chains(question: Question, slacks: Sequence[float] = SLACK) -> tuple[Chain, ...]:
-    """Candidates with `least_stages` or more; empty when nothing fits."""
-    solver = _Solver(question)
-    least = solver.solve(None)
-    best = solver.least(least)
-    if not math.isfinite(best):
-        return ()
-    found = dict.fromkeys(solver.read(least, None))
-    for slack in slacks:
-        limit = best * slack * (1 + 1e-9)
-        found |= dict.fromkeys(solver.read(solver.solve(limit), limit))
-    return tuple(found)
 
 
 def _mixed(compute_s: float, sent_s: float) -> float:
@@ -119,7 +111,7 @@ class _Moves:
 
     states: tuple[tuple[tuple[int, ...], ...], ...]  # by the number of stages
     index: tuple[dict[tuple[int, ...], int], ...]
-    steps: tuple[tuple[int, tuple[int, int], list[int], list[int]], ...]  # level, kinds, rows before, rows after
+    steps: tuple[tuple[int, int, list[int], list[int]], ...]  # level, kind in front, rows before, rows after
 
 
 @lru_cache(maxsize=16)
@@ -131,20 +123,26 @@ def _moves(sizes: tuple[int, ...], most: int) -> _Moves:
     index = tuple({state: row for row, state in enumerate(level)} for level in states)
     steps = []
     for level in range(2, most + 1):
-        for first, second in product(range(len(sizes)), repeat=2):
-            rows = [
-                (row, index[level][_changed(state, first, 1)])
-                for row, state in enumerate(states[level - 1])
-                if state[second] and state[first] < sizes[first]
-            ]
-            if rows:
-                steps.append((level, (first, second), [before for before, _ in rows], [after for _, after in rows]))
+        for kind, size in enumerate(sizes):
+            before = [row for row, state in enumerate(states[level - 1]) if state[kind] < size]
+            after = [index[level][_changed(states[level - 1][row], kind, 1)] for row in before]
+            if before:
+                steps.append((level, kind, before, after))
     return _Moves(tuple(map(tuple, states)), index, tuple(steps))
 
 
-class _Solver:
-    """One question; `solve(limit)` minimises the sum over chains whose stages are within the limit, `solve(None)` the
-    slowest stage. A solution is a table [state, kind, piece] for each number of stages."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solution:
+    """What one more stage adds in front of another, `stage` [kind, first piece, kind behind, first piece of that], is
+    joined to the `best` [state, kind in front, its first piece] of so many stages behind it."""
+
+    stage: Array
+    join: np.ufunc  # add, or maximum
+    best: list[Array]
+
+
+class Solver:
+    """One question: minimises the slowest stage, then for each slack the sum over chains whose stages are within it."""
 
     def __init__(self, question: Question) -> None:
         self._question = question
@@ -155,94 +153,91 @@ class _Solver:
             most = min(most, question.load.micro_batches)
         self._moves = _moves(tuple(len(kind.members) for kind in self._kinds), most)
         self._prepare(count, most)
+        self._quickest = self._solve(self._slowest, np.maximum, self._compute)
+
+    def chains(self, slacks: Sequence[float] = SLACK) -> tuple[Chain, ...]:
+        """Candidates with `least_stages` or more; empty when nothing fits."""
+        least_s = min((float(self._whole(self._quickest, level).min()) for level in self._allowed), default=math.inf)
+        if not math.isfinite(least_s):
+            return ()
+        found = dict.fromkeys(self._read(self._quickest))
+        for slack in slacks:
+            limit = least_s * slack * (1 + 1e-9)
+            stage = np.where(self._slowest <= limit, self._total, math.inf)
+            last = np.where(self._compute <= limit, self._compute, math.inf)
+            found |= dict.fromkeys(self._read(self._solve(stage, np.add, last)))
+        return tuple(found)
 
     def _prepare(self, count: int, most: int) -> None:
         """Tables of every kind and pair of kinds: time, slowest, and whether a stage with so many behind it fits."""
         load, segments = self._question.load, self._question.segments
         empty = np.tri(count + 1, count + 1, dtype=bool)
-        compute = [kind.host.compute_s(load.rows) for kind in self._kinds]
-        self._compute = [np.where(empty, math.inf, table) for table in compute]
-        self._total: dict[tuple[int, int], Array] = {}
-        self._slowest: dict[tuple[int, int], Array] = {}
-        for a, b in product(range(len(self._kinds)), repeat=2):
-            if a == b and len(self._kinds[a].members) == 1:
-                continue
-            link = self._link(a, b)
-            sent = 2 * (link.rtt_s / 2 + load.rows * segments.cut_bytes / link.bytes_per_s)
-            self._total[a, b] = self._compute[a] + sent[None, :]
-            mixed = (np.where(empty, 0.0, compute[a]) ** OVERLAP + sent[None, :] ** OVERLAP) ** (1 / OVERLAP)
-            self._slowest[a, b] = np.where(empty, math.inf, mixed)
-        need = [np.zeros(0), *(stage_bytes(segments, load, behind) for behind in range(1, most + 1))]
-        self._unfit = [[table > kind.host.budget_bytes for table in need] for kind in self._kinds]
+        compute = np.array([kind.host.compute_s(load.rows) for kind in self._kinds])
+        self._compute = np.where(empty, math.inf, compute)
+        links = [[self._link(a, b) for b in self._kinds] for a in self._kinds]
+        rtt_s = np.array([[link.rtt_s for link in row] for row in links])[:, :, None]
+        bytes_per_s = np.array([[link.bytes_per_s for link in row] for row in links])[:, :, None]
+        sent = 2 * (rtt_s / 2 + load.rows * segments.cut_bytes / bytes_per_s)
+        # [kind, first piece, kind behind, first piece of that]
+        self._total = self._compute[:, :, None, :] + sent[:, None, :, :]
+        work = np.where(empty, 0.0, compute) ** OVERLAP
+        mixed = (work[:, :, None, :] + (sent**OVERLAP)[:, None, :, :]) ** (1 / OVERLAP)
+        self._slowest = np.where(empty[:, None, :], math.inf, mixed)
+        budgets = np.array([kind.host.budget_bytes for kind in self._kinds])[:, None, None]
+        # [kind, first piece, first piece of the kind behind], by the number of stages behind
+        self._unfit = [stage_bytes(segments, load, behind) > budgets for behind in range(1, most + 1)]
 
-    def _link(self, a: int, b: int) -> Link:
-        pairs = [(x, y) for x in self._kinds[a].members for y in self._kinds[b].members if x != y]
-        links = [self._question.links[x][y] for x, y in pairs]
+    def _link(self, a: _Kind, b: _Kind) -> Link:
+        links = [self._question.links[x][y] for x in a.members for y in b.members if x != y]
+        if not links:
+            return Link(math.inf, 1.0)  # one host is not followed by itself
         return Link(max(link.rtt_s for link in links), min(link.bytes_per_s for link in links))
 
-    def solve(self, limit: float | None) -> list[Array]:
-        width = self._question.segments.count + 1
-        levels = [np.full((len(states), len(self._kinds), width), math.inf) for states in self._moves.states]
-        for kind in range(len(self._kinds)):
-            unit = tuple(int(other == kind) for other in range(len(self._kinds)))
-            row = self._moves.index[1][unit]
-            last = np.where(self._unfit[kind][1], math.inf, self._compute[kind])[:, -1]
-            levels[1][row, kind] = last if limit is None else np.where(last > limit, math.inf, last)
-        for level, (first, second), sources, targets in self._moves.steps:
-            table = self._table((first, second), level, limit)
-            before = levels[level - 1][sources, second][:, None, :]
-            joined = np.maximum(before, table) if limit is None else before + table
-            levels[level][targets, first] = np.minimum(levels[level][targets, first], joined.min(axis=2))
-        return levels
-
-    def _table(self, pair: tuple[int, int], level: int, limit: float | None) -> Array:
-        """[i, j]: what a stage adds, `level`-th from the end, on the first of the pair and before the second."""
-        unfit = self._unfit[pair[0]][level]
-        if limit is None:
-            return np.where(unfit, math.inf, self._slowest[pair])
-        return np.where(unfit | (self._slowest[pair] > limit), math.inf, self._total[pair])
-
-    def least(self, levels: list[Array]) -> float:
-        return min((float(self._whole(levels, level).min()) for level in self._allowed), default=math.inf)
+    def _solve(self, stage: Array, join: np.ufunc, last: Array) -> _Solution:
+        """`last` [kind, piece, piece]: a stage with none behind it."""
+        kinds, width = stage.shape[:2]
+        best = [np.full((len(states), kinds, width), math.inf) for states in self._moves.states]
+        for kind in range(kinds):
+            row = self._moves.index[1][tuple(int(other == kind) for other in range(kinds))]
+            best[1][row, kind] = np.where(self._unfit[0][kind], math.inf, last[kind])[:, -1]
+        for level, kind, sources, targets in self._moves.steps:
+            before = best[level - 1][sources].reshape(len(sources), 1, kinds * width)
+            added = np.where(self._unfit[level - 1][kind, :, None, :], math.inf, stage[kind])
+            best[level][targets, kind] = join(before, added.reshape(width, kinds * width)).min(axis=2)
+        return _Solution(stage, join, best)
 
     @property
     def _allowed(self) -> range:
         return range(max(2, self._question.least_stages), len(self._moves.states))
 
-    def _whole(self, levels: list[Array], level: int) -> Array:
+    def _whole(self, solution: _Solution, level: int) -> Array:
         """[state, kind] of chains of the whole model that take a required host."""
-        whole, required = levels[level][:, :, 0], self._question.required
+        whole, required = solution.best[level][..., 0], self._question.required
         if not required:
             return whole
         kinds = [index for index, kind in enumerate(self._kinds) if required.intersection(kind.members)]
         taken = [any(state[kind] for kind in kinds) for state in self._moves.states[level]]
         return np.where(np.array(taken)[:, None], whole, math.inf)
 
-    def read(self, levels: list[Array], limit: float | None) -> list[Chain]:
+    def _read(self, solution: _Solution) -> list[Chain]:
         """The best chain for each allowed number of stages."""
         found = []
         for level in self._allowed:
-            whole = self._whole(levels, level)
-            if math.isfinite(float(whole.min())):
-                row, kind = np.unravel_index(int(whole.argmin()), whole.shape)
-                found.append(self._trace(levels, level, int(row), int(kind), limit))
+            whole = self._whole(solution, level)
+            row, kind = divmod(int(whole.argmin()), len(self._kinds))
+            if math.isfinite(whole[row, kind]):
+                found.append(self._trace(solution, level, row, kind))
         return found
 
-    def _trace(self, levels: list[Array], level: int, row: int, kind: int, limit: float | None) -> Chain:
+    def _trace(self, solution: _Solution, level: int, row: int, kind: int) -> Chain:
         kinds, cuts = [kind], [0]
         state = self._moves.states[level][row]
         while level > 1:
             state = _changed(state, kind, -1)
-            behind = levels[level - 1][self._moves.index[level - 1][state]]
-            best = (math.inf, 0, 0)
-            for second in range(len(self._kinds)):
-                if not state[second]:
-                    continue
-                table = self._table((kind, second), level, limit)[cuts[-1]]
-                value = np.maximum(table, behind[second]) if limit is None else table + behind[second]
-                cut = int(value.argmin())
-                best = min(best, (float(value[cut]), second, cut))
-            _, kind, cut = best
+            behind = solution.best[level - 1][self._moves.index[level - 1][state]]
+            unfit, stage = self._unfit[level - 1][kind, cuts[-1]], solution.stage[kind, cuts[-1]]
+            value = solution.join(np.where(unfit, math.inf, stage), behind)
+            kind, cut = divmod(int(value.argmin()), behind.shape[1])
             kinds.append(kind)
             cuts.append(cut)
             level -= 1
@@ -265,19 +260,15 @@ def _kinds(question: Question) -> list[_Kind]:
         groups[b] += groups.pop(a)
     kinds = []
     for group in groups:
-        members = tuple(sorted(group, key=lambda index: (_speed(hosts[index]), index)))
+        members = tuple(sorted(group, key=lambda index: (hosts[index].sample_s, index)))
         slowest = Host(
             np.max([hosts[index].seconds for index in members], axis=0),
             max(hosts[index].overhead_s for index in members),
+            np.max([hosts[index].pass_s for index in members], axis=0),
             min(hosts[index].budget_bytes for index in members),
-            np.max([np.broadcast_to(hosts[index].pass_s, hosts[index].seconds.shape) for index in members], axis=0),
         )
-        kinds.append(_Kind(members, slowest))
+        kinds.append(_Kind(members, slowest if len(members) > 1 else hosts[members[0]]))
     return kinds
-
-
-def _speed(host: Host) -> float:
-    return float(host.compute_s(1.0)[0, -1])
 
 
 def _unlike(question: Question, a: Sequence[int], b: Sequence[int]) -> float:
@@ -286,7 +277,7 @@ def _unlike(question: Question, a: Sequence[int], b: Sequence[int]) -> float:
     if question.required.intersection(a) or question.required.intersection(b):
         return 1e9  # the last to be merged
     hosts = [question.hosts[index] for index in members]
-    times = [max(_speed(host), 1e-12) for host in hosts]
+    times = [max(host.sample_s, 1e-12) for host in hosts]
     budgets = [max(host.budget_bytes, 1.0) for host in hosts]
     rates = [
         math.log(max(question.links[index][other].bytes_per_s for index in members if index != other))

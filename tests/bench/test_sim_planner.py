@@ -8,10 +8,11 @@ import pytest
 from bench.sim_decisions import FULL, NODES, NOTHING, Decision, decisions, figures_of_decisions, fill, taught_by
 from bench.sim_planner import after_jobs as learned_after
 from bench.sim_planner import day_one, figures_after_jobs, figures_of_day_one
-from bench.sim_play import Coordinator, Way, as_placed, every_plan, job_s, oracle_s, play
+from bench.sim_play import Coordinator, Way, every_plan, job_s, oracle_s, play
 from bench.sim_tables import Case, fixed, literal
 from bench.sim_truth import Truth
 from bench.sim_world import Job, World, fastest_flops, job, jobs, world
+from coordinator.earlier_groups import as_placed
 from coordinator.planner import plan
 from coordinator.speeds import MOST_KEYS, Speeds
 from protos.ids import PlanId

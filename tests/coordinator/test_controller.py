@@ -14,7 +14,7 @@ from protos.artifact import Manifest
 from protos.errors import Exhausted, NotFound
 from protos.ids import Fence, JobId, NodeId
 from protos.states import AttemptState, JobState, NodeLink
-from protos.work import Checkpoint, Outcome
+from protos.work import Checkpoint, Outcome, StepTimes
 
 JOB = JobId("j-1")
 
@@ -216,6 +216,28 @@ def test_an_ended_job_is_forgotten_and_an_unfinished_one_is_not() -> None:
         made.controller.forget(JOB)
         assert JOB not in made.controller.state.jobs
         assert await made.store.job(JOB) is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("action", "state"), [("pause", JobState.PAUSED), (None, JobState.RECOVERING)])
+def test_what_ranks_say_of_their_steps_is_told_only_while_they_run(action: str | None, state: JobState) -> None:
+    async def run() -> None:
+        made = Coordinator()
+        await made.running()
+        times = StepTimes(0.2, 0.1, 0.2, 0.0)
+        for rank in (0, 1):
+            made.controller.note_step_times(JOB, Fence(1), rank, times)
+        said = [(each.rank, each.node_id, times) for each in made.job().attempts]
+        assert len(said) == 2
+        assert made.controller.times_now(JOB) == said
+        if action is not None:
+            await made.controller.post(e.UserAsked(JOB, action))
+            await made.report(1, AttemptState.FAILED)
+        await made.report(0, AttemptState.FAILED)
+        assert (made.job().state, made.job().fence) == (state, Fence(1))
+        assert made.controller.times_now(JOB) == []
+        assert made.controller.times_now(JobId("j-2")) == []
 
     asyncio.run(run())
 

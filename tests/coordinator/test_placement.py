@@ -118,6 +118,20 @@ def test_a_refusal_is_remembered_until_something_that_matters_changed(tmp_path: 
     assert made.known(J) is None
 
 
+def test_a_group_that_is_left_once_its_job_is_forgotten_is_not_remembered(tmp_path: Path) -> None:
+    """A review decides in a thread: the job may end, and be forgotten, meanwhile."""
+    made, _ = placement(tmp_path, "a", "b")
+    know(made)
+    plan = ask(made, (A, B))
+    assert isinstance(plan, Plan)
+    usual = made.view((A, B)).learned
+    made.left(J, plan, 7.0)
+    assert 7.0 in made.view_for(J, (A, B)).learned.steps.values()
+    made.forget(J)
+    made.left(J, plan, 7.0)
+    assert made.view_for(J, (A, B)).learned == usual
+
+
 class Poisoned(dict[str, FamilyRate]):
     def items(self, *_: object) -> Any:
         raise ZeroDivisionError("a figure nobody thought of")

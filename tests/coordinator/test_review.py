@@ -12,13 +12,15 @@ from test_planner import DATA, job, model, node
 from coordinator.control.shape import shape_of
 from coordinator.planner import plan, replan
 from coordinator.review import HOPELESS, MOST_CHANGES, MOST_TRYING, Standing, Verdict, review
-from protos.ids import Fence
+from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
 from protos.plan import ClusterView, Learned, NodeView, Plan
+from protos.work import StepTimes
 from qtable.policy import Ledger
 from qtable.prior import load_prior
 from qtable.table import QTable
+from strategies.base import Inputs
 from strategies.learned import with_running
 
 CLOSE = model(42_000_000, 1e8)  # gradients take about as long as a second node saves
@@ -137,7 +139,7 @@ def test_close_strategies_of_a_long_job_are_tried_one_after_the_other_and_the_qu
     tried = verdict.plan
     assert tried is not None and (tried.strategy, tried.trials) == (second, (second,))
     known = taught(made, 1.3)
-    good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.2, step=120, fence=2, learned=known)
+    good = reviewed(spec, tried, *PAIR, profile=CLOSE, slower=0.5, step=120, fence=2, learned=known)
     assert (good.plan, good.over) == (None, True), "the quickest is the one that runs"
     known = taught(made, 0.9)
     slow = {"slower": 1.2, "step": 120, "fence": 2, "learned": known}
@@ -199,7 +201,8 @@ def test_a_model_that_is_slower_than_predicted_everywhere_does_not_go_from_node_
         verdict = review(standing, spec, CLOSE, DATA, ClusterView(tuple(many), learned=learned), load_prior().table())
         if verdict.plan is None:
             break
-        learned = with_running(learned, made.estimate, alone_s)
+        inputs = Inputs(spec, CLOSE, DATA, ClusterView(tuple(many), learned=learned))
+        learned = with_running(inputs, made.estimate, alone_s, {}).cluster.learned
         made, changes = verdict.plan, changes + 1
     assert changes <= (2 if steps == 2_000 else MOST_TRYING), "in days of work a few trials cost next to nothing"
 
@@ -292,3 +295,29 @@ def test_what_a_change_may_cost_if_it_is_wrong_and_what_it_was_weighed_against_i
     assert rows["single_node"].nodes != rows[f"single_node on {first}"].nodes == (first,)
     dear = replan("data_parallel", job(), CLEAR, DATA, ClusterView(PAIR), load_prior().table())
     assert dear.expected_loss_s > 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_node_that_holds_up_its_group_gets_less_once_the_ranks_have_said_what_they_compute(known: bool) -> None:
+    three = (node("a"), node("b"), node("c"))
+    spec, made = started(*three, profile=CLEAR, **PLAIN)
+    assert (made.strategy, len(made.estimate.ranks)) == ("data_parallel", 3)
+    slow = next(number for number, rank in enumerate(made.estimate.ranks) if rank.node_id == "b")
+    own_s = [rank.compute_s * (6.0 if number == slow else 1.0) for number, rank in enumerate(made.estimate.ranks)]
+    longer_s = max(own_s) - max(rank.compute_s for rank in made.estimate.ranks)
+    times = {number: StepTimes(each, max(own_s) - each, 0.0, 0.0) for number, each in enumerate(own_s)}
+    verdict = reviewed(
+        spec,
+        made,
+        *three,
+        profile=CLEAR,
+        slower=1 + longer_s / made.estimate.step_s,
+        **({"times": times} if known else {}),
+    )
+    assert verdict.plan is not None
+    if known:
+        assert verdict.message.startswith("another cut of the same nodes: ")
+        slices = {part.node_id: part.data_range[1] - part.data_range[0] for part in verdict.plan.subtasks}
+        assert 0 < 4 * slices[NodeId("b")] < slices[NodeId("a")]
+    else:
+        assert verdict.plan.strategy == "single_node", "it may be any of them, or the network"

@@ -16,7 +16,7 @@ from coordinator.reviewing import AGAIN_S, FREE_CHANGES, LATELY_S, Look, due, la
 from protos.capacity import LinkEstimate
 from protos.ids import Fence, NodeId
 from protos.plan import ClusterView, Plan
-from protos.work import Metrics
+from protos.work import Metrics, StepTimes
 from qtable.policy import Ledger
 from qtable.prior import load_prior
 
@@ -143,3 +143,16 @@ def test_a_trial_is_due_when_its_steps_are_made() -> None:
     before = replace(look(), standing=standing(plan=tried, steps_here=20))
     assert not later(before, standing(plan=tried, steps_here=25), now_s=1.0)
     assert later(before, standing(plan=tried, steps_here=30), now_s=1.0)
+
+
+def test_a_group_is_due_once_all_its_ranks_have_said_what_their_steps_take() -> None:
+    made = plan(
+        job(strategy="data_parallel"), model(10_000, 1e8), DATA, VIEW, load_prior().table(), random.Random(0), Ledger()
+    )
+    ranks = len(made.estimate.ranks)
+    assert ranks == 2
+    times = {number: StepTimes(0.05, 0.05, 0.05, 0.0) for number in range(ranks)}
+    before = look(plan=made)
+    assert not later(before, standing(plan=made, times={0: times[0]}))
+    assert later(before, standing(plan=made, times=times))
+    assert not later(look(plan=made, times=times), standing(plan=made, times=times))

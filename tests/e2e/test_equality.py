@@ -18,7 +18,6 @@ from tests.e2e.plain_torch import plain_torch
 
 JOBS = Path(__file__).parent / "jobs"
 STEPS = 50
-LEARNING_RATE = 1e-3  # of the GPT: the most that Adam moves a weight in a step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -31,7 +30,8 @@ def uneven(tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> Itera
 
 
 def train(made: Cluster, job: Path, strategy: str) -> tuple[list[float], dict[str, Tensor], dict[str, object]]:
-    job_id = made.submit(job, f"strategy={strategy}")
+    """Uncompressed: `auto` takes fp16 where the measured link makes that pay, which on a busy machine loopback can."""
+    job_id = made.submit(job, f"strategy={strategy}", "sync.compression=none")
     ended = made.wait(job_id)
     assert (ended["state"], ended["strategy"]) == ("SUCCEEDED", strategy), ended
     lines = [json.loads(line) for line in made.artifact(job_id, "metrics.jsonl").read_text().splitlines()]
@@ -52,9 +52,7 @@ def test_training_equals_plain_torch(uneven: Cluster, name: str, strategy: str) 
     assert weights.keys() == expected_weights.keys()
     for key, tensor in weights.items():
         assert tensor.dtype == torch.float32
-        off = (tensor - expected_weights[key]).abs()
-        # Adam divides by the size of a gradient: where that is next to nothing, another order of additions decides
-        assert off.max() < LEARNING_RATE and (off > 1e-4).float().mean() < 0.01
+        torch.testing.assert_close(tensor, expected_weights[key], rtol=0, atol=1e-4)
 
     subtasks = report["plan"]["subtasks"]  # type: ignore[index]
     names = {node["id"]: node["name"] for node in uneven.show_nodes()}

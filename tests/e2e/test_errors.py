@@ -386,5 +386,6 @@ def test_ctrl_c_while_waiting_detaches_and_the_job_goes_on(made: Cluster) -> Non
     assert f"job {job_id} goes on" in errors and f"hive wait {job_id}" in errors
     assert "Traceback" not in errors
     made.wait_step(job_id, made.show(job_id)["step"] + 50)
+    made.wait_state(job_id, "RUNNING")  # it may be between two groups just then
     made.hive("cancel", job_id)
     made.wait(job_id)

@@ -118,9 +118,19 @@ def test_a_frozen_node_is_left_behind_and_fenced_off_when_it_wakes(made: Cluster
         os.kill(pid, signal.SIGSTOP)
     without = until(lambda: (job := made.show(job_id))["fence"] == 2 and job, "a new group without the frozen node", 60)
     assert without["nodes"] == ["n0"]
-    for pid in (frozen.pid, *workers):
-        os.kill(pid, signal.SIGCONT)
-    check_finished(made, job_id)  # under a later fence the node may have come back to it
+    made.hive("node", "cordon", "n1")  # else the job may take it back under a later fence, as soon as that pays
+    try:
+        for pid in (frozen.pid, *workers):
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: not set(workers) & set(made.worker_pids("n1")), "the workers of the old fence have ended", 60)
+        job = check_finished(made, job_id)
+    finally:
+        made.hive("node", "uncordon", "n1")
+    assert job["nodes"] == ["n0"]
+    attempts = made.ask("show", job_id)["attempts"]
+    assert {each["state"] for each in attempts if each["node"] == "n1"} == {"LOST"}, "its late reports change nothing"
+    assert {each["fence"] for each in attempts if each["node"] == "n1"} == {1}
+    assert {each["node"] for each in attempts if each["fence"] > 1} == {"n0"}
     made.wait_ready(2)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from protos.plan import Schedule
 from strategies.links import Link
 from strategies.memory import RESERVE_BYTES
 from strategies.segments import Load, Segments, segments_of, stage_bytes
-from strategies.stages import MOST_STATES, Chain, Host, Question, _kinds, chain_s, chains
+from strategies.stages import MOST_STATES, Chain, Host, Question, Solver, _kinds, chain_s
 
 MIB = 1024**2
 
@@ -41,7 +43,7 @@ def model(*layers: LayerProfile) -> ModelProfile:
 
 def host(segments: Segments, profile: ModelProfile, flops: float, spare_bytes: float, overhead_s: float = 1e-4) -> Host:
     seconds = segments.sums([3 * one.flops_per_sample / flops for one in profile.layers])
-    return Host(seconds, overhead_s, RESERVE_BYTES + spare_bytes)
+    return Host(seconds, overhead_s, np.zeros_like(seconds), RESERVE_BYTES + spare_bytes)
 
 
 def every_chain(question: Question) -> list[Chain]:
@@ -62,7 +64,7 @@ def slowest_s(question: Question, chain: Chain) -> float:
         question.segments, question.hosts, question.links,
         Load(load.micro_batches + 1, load.rows, load.schedule, load.parameter_bytes), question.most_stages,
     )  # fmt: skip
-    roomy = [Host(one.seconds, one.overhead_s, math.inf) for one in question.hosts]
+    roomy = [replace(one, budget_bytes=math.inf) for one in question.hosts]
     less = Question(question.segments, tuple(roomy), question.links, load, question.most_stages)
     more = Question(more.segments, tuple(roomy), more.links, more.load, more.most_stages)
     return chain_s(more, chain) - chain_s(less, chain)
@@ -96,12 +98,20 @@ def questions(draw: st.DrawFn) -> Question:
     return Question(segments, tuple(hosts), links, load, 8)
 
 
+@given(questions(), st.integers(1, 4), st.floats(0.0, 8.0))
+def test_one_piece_is_what_the_whole_table_says_of_it(question: Question, behind: int, rows: float) -> None:
+    segments, load, any_host = question.segments, question.load, question.hosts[0]
+    for piece in combinations(range(segments.count + 1), 2):
+        assert stage_bytes(segments, load, behind, piece) == stage_bytes(segments, load, behind)[piece]
+        assert any_host.compute_s(rows, piece) == any_host.compute_s(rows)[piece]
+
+
 @settings(max_examples=150, deadline=None)
 @given(questions())
 def test_the_slowest_stage_is_the_least_possible_and_the_step_near_it(question: Question) -> None:
     """The sum is least for a bottleneck within the grid of slacks, so a step costs at most the widest of its gaps."""
     everything = [chain for chain in every_chain(question) if math.isfinite(chain_s(question, chain))]
-    found = chains(question)
+    found = Solver(question).chains()
     assert bool(found) == bool(everything)
     if not everything:
         return
@@ -119,7 +129,7 @@ def test_a_single_micro_batch_leaves_only_the_sum_which_is_least(question: Quest
     load = Load(1, question.load.rows, Schedule.GPIPE, 16)
     alone = Question(question.segments, question.hosts, question.links, load, 8)
     times = [chain_s(alone, chain) for chain in every_chain(alone)]
-    best = min((chain_s(alone, chain) for chain in chains(alone)), default=math.inf)
+    best = min((chain_s(alone, chain) for chain in Solver(alone).chains()), default=math.inf)
     assert best == pytest.approx(min(times), rel=1e-9)
 
 
@@ -132,14 +142,14 @@ def even(count: int, pieces: int, **changes: float) -> Question:
 
 
 def test_more_hosts_than_pieces_give_no_empty_stage() -> None:
-    for chain in chains(even(6, 3)):
+    for chain in Solver(even(6, 3)).chains():
         assert len(chain.hosts) <= 3
         assert all(a < b for a, b in zip(chain.cuts[:-1], chain.cuts[1:], strict=True))
 
 
 def test_a_host_twice_as_fast_gets_twice_the_pieces() -> None:
     question = even(2, 12, spread=1.0)
-    best = min(chains(question), key=lambda chain: chain_s(question, chain))
+    best = min(Solver(question).chains(), key=lambda chain: chain_s(question, chain))
     pieces = {h: b - a for h, a, b in zip(best.hosts, best.cuts[:-1], best.cuts[1:], strict=True)}
     assert pieces == {0: 4, 1: 8}
 
@@ -185,6 +195,6 @@ def test_many_unlike_hosts_are_merged_until_the_tables_are_small(hosts: int, kin
 
 def test_merged_hosts_are_still_told_apart_in_the_answer() -> None:
     question = even(12, 24, spread=0.05)
-    for chain in chains(question):
+    for chain in Solver(question).chains():
         assert len(set(chain.hosts)) == len(chain.hosts)
         assert math.isfinite(chain_s(question, chain))
