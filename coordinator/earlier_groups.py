@@ -6,14 +6,19 @@ that tried something else goes back to what was measured, not to what is now pre
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from coordinator.other_nodes import way_on
+from coordinator.other_nodes import AS_IT_IS, strategy_of, way_on
 from coordinator.planner import Consideration, arm_of
-from protos.plan import CostEstimate, Placement, Plan
+from protos.plan import CostEstimate, NodeView, Placement, Plan
+from qtable.probing import Arm
 from strategies.base import Inputs, PlacedEstimate
 from strategies.cost import COST_MODEL_VERSION, assumed_steps
+from strategies.grouping import groups
+from strategies.learned import memory_factor
+from strategies.links import ranks_of
 from strategies.memory import budget_bytes
 from strategies.survival import efficiency
 
@@ -39,39 +44,71 @@ def as_placed(plan: Plan) -> PlacedEstimate:
 def with_earlier(considered: Consideration, plans: Iterable[Plan], running: Plan) -> Consideration:
     """The same, and the groups of several nodes of `plans` that could work again, each as a way of its own
     (coordinator/other_nodes.py); not those that work now or are what is predicted best anyway."""
-    inputs = considered.inputs
-    placed, arms = dict(considered.placed), dict(considered.arms)
-    survival, residuals = dict(considered.survival), dict(considered.residuals)
-    eligible = {node.node_id: node for node in inputs.eligible}
-    known = {_combination(running.estimate), *(_combination(each.cost) for each in placed.values())}
+    found = considered
+    known = {_combination(running.estimate), *(_combination(each.cost) for each in considered.placed.values())}
     for plan in plans:
-        again = _again(inputs, plan)
-        if again is None or _combination(again.cost) in known or plan.strategy not in considered.deviations:
+        again = _again(considered, plan)
+        if again is None or _combination(again.cost) in known:
             continue
-        nodes = [eligible[node_id] for node_id in dict.fromkeys(again.nodes) if node_id in eligible]
-        if len(nodes) < max(2, len(set(again.nodes))) or any(
-            again.cost.memory_bytes[node.node_id] > budget_bytes(node) for node in nodes
-        ):
-            continue
-        way = way_on(considered, plan.strategy, nodes)
-        survival[way] = efficiency(nodes, again.layout, inputs.spec.checkpoint.every_s)
-        arm = arm_of(inputs, again, survival[way], considered.deviations[plan.strategy])
-        if way not in arms or arm.seconds < arms[way].seconds:
-            placed[way], arms[way], residuals[way] = again, arm, residuals[plan.strategy]
-    return replace(considered, placed=placed, arms=arms, survival=survival, residuals=residuals)
+        way = way_on(considered, plan.strategy, _nodes(considered, again))
+        if way not in found.arms or again.cost.seconds < found.placed[way].cost.seconds:
+            found = _with(found, way, again)
+    return found
+
+
+def beside_itself(considered: Consideration, running: Plan, arm: Arm) -> Consideration:
+    """The same, and the group that runs as a row of its own: for a change to another one of its strategy."""
+    name = running.strategy + AS_IT_IS
+    cost = replace(running.estimate, step_s=arm.step_s, seconds=arm.seconds)
+    found = _with(considered, name, replace(as_placed(running), cost=cost))
+    return replace(found, arms={**found.arms, name: arm})
+
+
+def _with(considered: Consideration, way: str, placed: PlacedEstimate) -> Consideration:
+    inputs, strategy = considered.inputs, strategy_of(way)
+    survives = efficiency(_nodes(considered, placed), placed.layout, inputs.spec.checkpoint.every_s)
+    arm = arm_of(inputs, placed, survives, considered.deviations[strategy])
+    return replace(
+        considered,
+        placed={**considered.placed, way: placed},
+        arms={**considered.arms, way: arm},
+        survival={**considered.survival, way: survives},
+        residuals={**considered.residuals, way: considered.residuals[strategy]},
+    )
+
+
+def _nodes(considered: Consideration, placed: PlacedEstimate) -> list[NodeView]:
+    views = {node.node_id: node for node in considered.inputs.cluster.nodes}
+    return [views[node_id] for node_id in dict.fromkeys(placed.nodes) if node_id in views]
 
 
 def _combination(cost: CostEstimate) -> str | None:
     return cost.basis.combination if cost.basis is not None else None
 
 
-def _again(inputs: Inputs, plan: Plan) -> PlacedEstimate | None:
-    """With the step that was measured; None where it says nothing any more."""
-    estimate, basis = plan.estimate, plan.estimate.basis
+def _again(considered: Consideration, plan: Plan) -> PlacedEstimate | None:
+    """With the step that was measured; None where it says nothing any more, or the group could not form."""
+    inputs, estimate, basis = considered.inputs, plan.estimate, plan.estimate.basis
     step_s = inputs.cluster.learned.steps.get(basis.combination) if basis is not None else None
     if basis is None or step_s is None or plan.cost_model_version != COST_MODEL_VERSION:
+        return None
+    if plan.strategy not in considered.placed or not _can_form(inputs, plan):
         return None
     steps = assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     seconds = max(0.0, estimate.seconds + steps * (step_s - estimate.step_s))
     cost = replace(estimate, seconds=seconds, step_s=step_s, basis=replace(basis, remembered=True))
     return replace(as_placed(plan), cost=cost)
+
+
+def _can_form(inputs: Inputs, plan: Plan) -> bool:
+    """Whether its nodes are still in one network, with room for as many ranks and as much memory."""
+    ranks, network = Counter(part.node_id for part in plan.subtasks), plan.coordination_plan.network
+    for group in groups(inputs):
+        nodes = {node.node_id: node for node in group.nodes}
+        if len(ranks) > 1 and group.network == network and ranks.keys() <= nodes.keys():
+            return all(
+                plan.estimate.memory_bytes[node_id] <= budget_bytes(nodes[node_id])
+                and (not nodes[node_id].capacity.gpus or count <= ranks_of(nodes[node_id]))
+                for node_id, count in ranks.items()
+            ) and all(memory_factor(inputs, nodes[rank.node_id]) <= rank.memory_factor for rank in plan.estimate.ranks)
+    return False

@@ -19,6 +19,7 @@ from strategies.registry import BUILT
 from strategies.survival import efficiency
 
 SINGLE = StrategyName.SINGLE_NODE.value
+AS_IT_IS = " as it is"  # the group that runs, beside another one of its strategy
 _ON = " on "
 
 
@@ -28,7 +29,7 @@ def way_on(considered: Consideration, strategy: str, nodes: Iterable[NodeView]) 
 
 
 def strategy_of(way: str) -> str:
-    return way.split(_ON)[0]
+    return way.split(_ON)[0].removesuffix(AS_IT_IS)
 
 
 def with_other_nodes(considered: Consideration) -> Consideration:

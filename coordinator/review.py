@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from coordinator import planner
 from coordinator.control.shape import Shape
-from coordinator.earlier_groups import with_earlier
-from coordinator.other_nodes import plan_of_way, said, strategy_of, way_of, with_other_nodes
+from coordinator.earlier_groups import beside_itself, with_earlier
+from coordinator.other_nodes import AS_IT_IS, plan_of_way, said, strategy_of, way_of, with_other_nodes
 from coordinator.planner import Consideration
-from coordinator.speeds import alone_s, seen
+from coordinator.speeds import alone_s, computing_s
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
@@ -32,13 +32,12 @@ from qtable.probing import ABORT_STEPS, REPEAT_DEVIATION, Arm, Belief, abort, be
 from qtable.table import QTable
 from strategies.base import Inputs
 from strategies.cost import COST_MODEL_VERSION, assumed_steps
-from strategies.learned import with_running
+from strategies.learned import TRANSFER, with_running
 from strategies.survival import efficiency
 
 HOPELESS = 2.5  # what waits is only predicted, and may itself turn out half as slow again
 MOST_CHANGES = 16  # of one job: whatever it was, looking for a better plan did not help
 RECUT = 0.25  # that another cut of the same nodes is quicker by: what they compute varies by as much on busy machines
-AS_IT_IS = "as it is"  # beside another plan of the same strategy
 MOST_TRYING = 6  # changes, after which no new trials begin
 
 
@@ -69,8 +68,9 @@ class Standing:
 
     @property
     def told(self) -> bool:
-        """Whether every rank of a group has said what its steps take."""
-        return 1 < len(self.plan.estimate.ranks) == len(self.times)
+        """Whether every rank of a group has said what it computes and what it waits; in tensor parallel none can."""
+        tensor = self.plan.layout is not None and self.plan.layout.tensor > 1
+        return 1 < len(self.plan.estimate.ranks) == len(self.times) and not tensor
 
     @property
     def own(self) -> frozenset[NodeId]:
@@ -102,42 +102,54 @@ def review(
         return stays
     inputs = Inputs(spec, profile, data, cluster)
     if running.cost_model_version == COST_MODEL_VERSION:
-        inputs = with_running(inputs, running.estimate, standing.step_s, seen(running, standing.times))
+        inputs = with_running(inputs, running.estimate, standing.step_s, computing_s(running, standing.times))
     weighed = planner.consider(planner.without_shape(inputs, running.strategy), table)
     switch_s = weighed.switch_s + standing.step_s  # and the step that is under way
     considered = with_earlier(with_other_nodes(weighed), standing.earlier, running)
     now = way_of(considered, running)
     arms = _arms(considered, standing, now, left)
+    asked = spec.strategy not in ("auto", running.strategy) and _can_begin(considered, standing, spec.strategy)
+    if asked and left * standing.step_s > switch_s:
+        message = f"{spec.strategy}, as the job file asks, now that it can be"
+        return Verdict(message, plan_of_way(considered, arms, spec.strategy, message))
+    if spec.strategy == "auto":
+        waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
+        if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
+            return Verdict(f"{running.strategy} is being tried")
+        looking = not waiting and standing.changes < MOST_TRYING
+        if looking and (not standing.trying or standing.tried):  # what is known now may make it worth to try others
+            found = choose(arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=now)
+            waiting, steps = found.trials if found.action != now else (), found.trial_steps
+        if waiting and left * standing.step_s > 2 * switch_s:
+            message = f"tries {said(considered, waiting[0])} for {steps} steps"
+            return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
     other = _other_of_the_same(considered, standing, arms, left, switch_s)
-    if spec.strategy != "auto":
-        if (
-            spec.strategy != running.strategy
-            and _can_begin(considered, standing, spec.strategy)
-            and left * standing.step_s > switch_s
-        ):
-            message = f"{spec.strategy}, as the job file asks, now that it can be"
-            return Verdict(message, plan_of_way(considered, arms, spec.strategy, message))
-        return other.verdict if other is not None else stays
-    waiting, steps = _next_trials(considered, standing, arms, now, left), running.trial_steps
-    if standing.trying and not standing.tried and not _hopeless(standing, arms, now, waiting):
-        return Verdict(f"{running.strategy} is being tried")
-    looking = not waiting and standing.changes < MOST_TRYING
-    if looking and (not standing.trying or standing.tried):  # what is known now may make it worth to try others
-        found = choose(arms, considered.residuals, random.Random(0), Ledger(), switch_s=switch_s, running=now)
-        waiting, steps = found.trials if found.action != now else (), found.trial_steps
-    if waiting and left * standing.step_s > 2 * switch_s:
-        message = f"tries {said(considered, waiting[0])} for {steps} steps"
-        return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
-    for name in sorted(arms, key=lambda name: _expected_s(arms, considered, name)):
+    ways = [name for name in arms if spec.strategy in ("auto", strategy_of(name))]
+    for name in sorted(ways, key=lambda name: _expected_s(arms, considered, name)):
         expected_s = _expected_s(arms, considered, name)
-        if name == now or (other is not None and left * other.step_s <= expected_s):
+        if name == now or (other is not None and other.seconds <= expected_s):
             break
         worth = worth_switching(arms[now].seconds - expected_s, switch_s)
-        if worth and _clearly(standing, expected_s / left, arms[name].measured):
+        if worth and _clearly(standing, considered.placed[name].nodes, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
-            message = f"{said(considered, name)} instead of {said(considered, now)}: {against}"
-            return Verdict(message, plan_of_way(considered, arms, name, message))
+            message = f"{said(considered, name)} instead of {_said_of(considered, standing, now)}: {against}"
+            return Verdict(message, plan_of_way(_beside(considered, standing, name, now, arms), arms, name, message))
     return other.verdict if other is not None else stays
+
+
+def _said_of(considered: Consideration, standing: Standing, now: str) -> str:
+    """Of several nodes with their names: what they gave way to may be another group of the same strategy."""
+    names = [node.name for node in considered.inputs.cluster.nodes if node.node_id in standing.own]
+    return said(considered, now) if len(names) < 2 else f"{now} on {', '.join(names)}"
+
+
+def _beside(
+    considered: Consideration, standing: Standing, way: str, now: str, arms: Mapping[str, Arm]
+) -> Consideration:
+    """With a row of the group that runs where another one of its strategy takes its row; nodes alone have their own."""
+    if now != strategy_of(way) or len(standing.own) < 2:
+        return considered
+    return beside_itself(considered, standing.plan, arms[now])
 
 
 def _next_trials(
@@ -163,11 +175,13 @@ def _expected_s(arms: Mapping[str, Arm], considered: Consideration, name: str) -
     return belief(arms[name], considered.residuals[name]).median_s
 
 
-def _clearly(standing: Standing, step_s: float, measured: bool) -> bool:
+def _clearly(standing: Standing, nodes: Collection[NodeId], step_s: float, measured: bool) -> bool:
     """Whether steps of `step_s` are shorter by more than two runs of the same, or a prediction, can be off."""
-    if measured:
-        return step_s * (1 + (REPEAT_DEVIATION if standing.trying else BAND)) < standing.step_s
-    return abort(standing.step_s, step_s)
+    if not measured:
+        return abort(standing.step_s, step_s)
+    if len(standing.own) > 1 and set(nodes) == standing.own:
+        return step_s * (1 + RECUT) < standing.step_s
+    return step_s * (1 + (REPEAT_DEVIATION if standing.trying else BAND)) < standing.step_s
 
 
 def _arms(considered: Consideration, standing: Standing, now: str, left: int) -> dict[str, Arm]:
@@ -202,9 +216,9 @@ def _may_win(action: str, arms: Mapping[str, Arm], residuals: Mapping[str, float
 
 @dataclass(frozen=True, slots=True)
 class _Other:
-    """A change of nodes or cut, and the step that is expected of it."""
+    """A change of nodes or cut, and what is expected of it for the rest of the job."""
 
-    step_s: float
+    seconds: float
     verdict: Verdict
 
 
@@ -213,8 +227,8 @@ def _other_of_the_same(
 ) -> _Other | None:
     """The same strategy over other nodes or cut otherwise: a node has come, or one is slower than it was.
 
-    What runs is slower than was predicted by some factor; a group of the same nodes and more would be, too, and any
-    other group of several by what its ranks' own computing does not explain.
+    What runs is slower than was predicted by some factor. What its ranks' own computing does not explain of it would be
+    so for the same nodes and more, too, and as far as TRANSFER says for others: what takes long may be left behind.
     """
     running = standing.plan
     placed = considered.placed.get(running.strategy)
@@ -224,25 +238,26 @@ def _other_of_the_same(
         return None
     if placed.cost.basis.combination == running.estimate.basis.combination:
         return None
-    told = standing.told and len(placed.placements) > 1
     expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
     step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
-    comparable = running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered
-    if comparable and (told or standing.own <= set(placed.nodes)):
-        step_s *= max(1.0, standing.step_s / _explained_s(standing))
+    if running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered:
+        slower = max(1.0, standing.step_s / _explained_s(standing))
+        if standing.own <= set(placed.nodes):
+            step_s *= slower
+        elif standing.told and len(placed.placements) > 1:
+            step_s *= slower**TRANSFER
     band = RECUT if set(placed.nodes) == standing.own else BAND
     clearly = step_s * (1 + band) < standing.step_s
     if not clearly or not worth_switching(left * (standing.step_s - step_s), switch_s):
         return None
     names = {node.node_id: node.name for node in considered.inputs.cluster.nodes}
     message = f"{_said(names, standing.own, placed.nodes)}: {_against(step_s, standing.step_s)}"
-    arm = considered.arms[running.strategy]
-    arms = {
-        **arms,
-        AS_IT_IS: arms.get(running.strategy, arm),
-        running.strategy: Arm(left * step_s, step_s, left, arm.deviation, True),
-    }
-    return _Other(step_s, Verdict(message, plan_of_way(considered, arms, running.strategy, message)))
+    now, survival = way_of(considered, running), considered.survival[running.strategy]
+    arm = Arm(left * step_s / survival, step_s, left, considered.arms[running.strategy].deviation, True)
+    beside = _beside(considered, standing, running.strategy, now, arms)
+    as_it_is = {running.strategy + AS_IT_IS: arms[now]} if now == running.strategy else {}
+    made = plan_of_way(beside, {**arms, **as_it_is, running.strategy: arm}, running.strategy, message)
+    return _Other(arm.seconds, Verdict(message, made))
 
 
 def _explained_s(standing: Standing) -> float:

@@ -97,7 +97,9 @@ class Speeds:
         node, measured_s = str(rank["node"]), float(rank["measured_s"])
         if not measured_s > 0:
             return
-        overhead_s, work_s = _by_the_formulas(rank)
+        overhead_s = float(rank["overhead_s"])
+        work_s = max(0.0, float(rank["predicted_s"]) - overhead_s) / float(rank["work_factor"])
+        overhead_s /= float(rank["overhead_factor"])
         of_model = (node, model, work)
         total = _clipped(math.log(measured_s / (overhead_s + work_s)))
         _put(self._models, of_model, self._models.get(of_model, Average()).with_(total, first=1.0))
@@ -143,22 +145,10 @@ class Speeds:
         }
 
 
-def seen(plan: Plan, times: Mapping[int, StepTimes]) -> dict[NodeId, float]:
-    """Factors of this plan's model on the nodes of a group that runs now, of which each rank has said what its steps
-    take: as `Speeds` would learn them of it."""
-    factors = {}
-    for rank in _ranks(plan, tuple(times.items())):
-        overhead_s, work_s = _by_the_formulas(rank)
-        if rank["measured_s"] > 0 and overhead_s + work_s > 0:
-            factors[NodeId(rank["node"])] = math.exp(_clipped(math.log(rank["measured_s"] / (overhead_s + work_s))))
-    return factors
-
-
-def _by_the_formulas(rank: Mapping[str, Any]) -> tuple[float, float]:
-    """Overhead and work of a compared rank as predicted, without what had been learned."""
-    overhead_s = float(rank["overhead_s"])
-    work_s = max(0.0, float(rank["predicted_s"]) - overhead_s)
-    return overhead_s / float(rank["overhead_factor"]), work_s / float(rank["work_factor"])
+def computing_s(plan: Plan, times: Mapping[int, StepTimes]) -> dict[int, float]:
+    """What ranks of a group that runs now compute in a step, by rank: of those that have said it and tell something of
+    their nodes."""
+    return {number: alone_s(rank, times[number]) for number, rank in _telling(plan).items() if number in times}
 
 
 def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: float) -> dict[str, Any]:
@@ -171,7 +161,8 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     estimate, basis = plan.estimate, plan.estimate.basis
     if basis is None:
         return {}
-    pairs = _pairs(plan, usages)
+    said = dict(usages)
+    pairs = [(rank, said[k]) for k, rank in enumerate(estimate.ranks) if k in said and not _tensor(plan)]
     found: dict[str, Any] = {
         "basis": {
             "work": basis.work.value,
@@ -180,7 +171,7 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
             "modelled_step_s": basis.modelled_step_s,
             "remembered": basis.remembered,
         },
-        "ranks": _ranks(plan, usages),
+        "ranks": [_compared(rank, said[k]) for k, rank in _telling(plan).items() if k in said],
         "memory": used_bytes(plan, usages),
     }
     name = plan.coordination_plan.network
@@ -200,16 +191,19 @@ def lesson(plan: Plan, usages: Sequence[tuple[int, Usage]], measured_step_s: flo
     return found
 
 
-def _pairs(plan: Plan, usages: Sequence[tuple[int, Times]]) -> list[tuple[RankCost, Times]]:
-    said, tensor = dict(usages), plan.layout is not None and plan.layout.tensor > 1
-    return [(rank, said[k]) for k, rank in enumerate(plan.estimate.ranks) if k in said and not tensor]
+def _tensor(plan: Plan) -> bool:
+    """Its ranks wait inside their layers."""
+    return plan.layout is not None and plan.layout.tensor > 1
 
 
-def _ranks(plan: Plan, usages: Sequence[tuple[int, Times]]) -> list[dict[str, Any]]:
+def _telling(plan: Plan) -> dict[int, RankCost]:
+    """Ranks whose computing says something of their nodes, by number."""
     estimate, basis = plan.estimate, plan.estimate.basis
-    average_s = fmean(rank.compute_s for rank in estimate.ranks) if estimate.ranks else 0.0
-    least_of_model_s = LEAST_STAGE * average_s if basis is not None and basis.work is Work.STAGE else 0.0
-    return [_compared(rank, said) for rank, said in _pairs(plan, usages) if rank.compute_s >= least_of_model_s]
+    if basis is None or _tensor(plan) or not estimate.ranks:
+        return {}
+    average_s = fmean(rank.compute_s for rank in estimate.ranks)
+    least_of_model_s = LEAST_STAGE * average_s if basis.work is Work.STAGE else 0.0
+    return {k: rank for k, rank in enumerate(estimate.ranks) if rank.compute_s >= least_of_model_s}
 
 
 def _compared(rank: RankCost, usage: Times) -> dict[str, Any]:

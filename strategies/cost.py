@@ -17,7 +17,7 @@ from protos.model import LayerProfile, ModelProfile
 from protos.plan import DataProfile
 from strategies.memory import bytes_per_parameter
 
-COST_MODEL_VERSION = 6
+COST_MODEL_VERSION = 7
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 RECOMPUTE_FACTOR = 4.0 / 3.0  # of the compute: the forward pass a second time

@@ -22,7 +22,7 @@ from protos.capacity import Capacity, FamilyRate, LinkEstimate
 from protos.ids import NodeId
 from protos.jobspec import StrategyName, TrainSpec
 from protos.model import ModelProfile
-from protos.plan import Basis, ClusterView, CostEstimate, Factors, Learned, NodeView, Work
+from protos.plan import Basis, ClusterView, CostEstimate, Factors, Learned, NodeView, RankCost, Work
 from strategies import cost
 from strategies.links import link_between, network_between
 from strategies.memory import expected_bytes
@@ -95,9 +95,9 @@ def memory_factor(inputs: Inputs, node: NodeView) -> float:
     return known.get(family_of(inputs.profile, node.capacity), 1.0) if known else 1.0
 
 
-def with_running(inputs: Inputs, estimate: CostEstimate, step_s: float, seen: Mapping[NodeId, float]) -> Inputs:
-    """The same question, and what a group that runs now takes for a step. `seen`: by how much its ranks were off
-    (coordinator/speeds.py), where they have said so.
+def with_running(inputs: Inputs, estimate: CostEstimate, step_s: float, alone_s: Mapping[int, float]) -> Inputs:
+    """The same question, and what a group that runs now takes for a step. `alone_s`: what its ranks compute in one
+    (coordinator/speeds.py), as far as they have said so.
 
     A node that works alone and is slower than predicted has other things to do, or its rates were wrong. Of several
     nodes only what each computes by itself says so: waiting takes them long. A node that is slower than it was when it
@@ -107,20 +107,50 @@ def with_running(inputs: Inputs, estimate: CostEstimate, step_s: float, seen: Ma
     if basis is None:
         return inputs
     if len(estimate.ranks) == 1 and estimate.step_s > 0:
-        (rank,) = estimate.ranks
-        seen = {rank.node_id: rank.learned.work * step_s / estimate.step_s}
+        alone_s = {0: estimate.ranks[0].compute_s * step_s / estimate.step_s}
     learned, models = cluster.learned, dict(cluster.learned.models)
-    expected = {rank.node_id: rank.learned.work for rank in estimate.ranks}
-    for work in Work if seen else ():
-        known = factors(inputs, work)
-        for node_id, factor in seen.items():
-            key, before = (node_id, basis.model, work), (node_id, basis.model, basis.work) in learned.models
-            if work is basis.work:
-                models[key] = factor
-            elif node_id in known and (before or key not in models):
-                models[key] = known[node_id].work * (factor / expected[node_id]) ** (1.0 if before else TRANSFER)
+    known = {work: factors(inputs, work) for work in Work} if alone_s else {}
+    for node_id, (rank, seconds) in _slowest(estimate, alone_s).items():
+        if node_id not in known[basis.work]:
+            continue
+        own = (node_id, basis.model, basis.work)
+        surprise = seconds / _expected_s(rank, known[basis.work][node_id])
+        for work in Work:
+            key, expected = (node_id, basis.model, work), _off(rank, known[work][node_id])
+            if work is basis.work or own in learned.models:
+                models[key] = expected * surprise
+            elif key not in learned.models:
+                models[key] = expected * surprise**TRANSFER
     steps = {**learned.steps, basis.combination: step_s}
     return replace(inputs, cluster=replace(cluster, learned=replace(learned, steps=steps, models=models)))
+
+
+def _slowest(estimate: CostEstimate, alone_s: Mapping[int, float]) -> dict[NodeId, tuple[RankCost, float]]:
+    """Of each node the rank that is slowest beside what was predicted of it, and its seconds."""
+    found: dict[NodeId, tuple[RankCost, float]] = {}
+    for number, seconds in alone_s.items():
+        rank = estimate.ranks[number]
+        plain_s = _expected_s(rank, Factors())
+        before = found.get(rank.node_id)
+        if (
+            plain_s > 0
+            and seconds > 0
+            and (before is None or seconds / plain_s > before[1] / _expected_s(before[0], Factors()))
+        ):
+            found[rank.node_id] = rank, seconds
+    return found
+
+
+def _expected_s(rank: RankCost, factors: Factors) -> float:
+    """What the rank computes by the formulas, with these factors in the place of those that it was predicted with."""
+    overhead_s = rank.overhead_s / rank.learned.overhead
+    work_s = max(0.0, rank.compute_s - rank.overhead_s) / rank.learned.work
+    return factors.overhead * overhead_s + factors.work * work_s
+
+
+def _off(rank: RankCost, factors: Factors) -> float:
+    """One factor for both, where they are mixed as in this rank."""
+    return _expected_s(rank, factors) / _expected_s(rank, Factors())
 
 
 def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
@@ -192,15 +222,19 @@ def model_key(profile: ModelProfile, train: TrainSpec) -> str:
 
 
 def combination(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) -> str:
-    """Of a model, a batch, where each part of it runs and, roughly, how many samples each rank takes."""
+    """Of a model, a batch, where each part of it runs and, roughly, how many samples each rank takes. Which of several
+    replicas is which plays no part."""
     layout, batch = placed.layout, inputs.spec.train.batch_size
     shape = (layout.stages, layout.replicas, layout.schedule, layout.sharded, layout.tensor) if layout else ()
+    replicas: dict[int, list[tuple[int, str, int]]] = {}
+    for each in placed.placements:
+        replicas.setdefault(each.replica, []).append((each.stage, each.node_id, _share(each.samples, batch)))
     return _digest(
         model_key(inputs.profile, inputs.spec.train),
         batch,
         strategy.value,
         placed.compression,
-        sorted((each.node_id, _share(each.samples, batch)) for each in placed.placements),
+        sorted(sorted(ranks) for ranks in replicas.values()),
         shape,
         max(placed.accumulate),
         layout.checkpoint_activations if layout else False,
@@ -208,7 +242,8 @@ def combination(inputs: Inputs, strategy: StrategyName, placed: PlacedEstimate) 
 
 
 def _share(samples: int, batch: int) -> int:
-    """The same for shares that differ by less than what is learned from one job to the next makes them differ."""
+    """The same for most shares that differ by no more than what is learned from one job to the next makes them differ:
+    a step is remembered although they are not equal."""
     return round(CUT_BINS * math.log2(max(1, samples) / batch))
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from test_planner import DATA
 from test_review import CLEAR, PAIR, started, taught
 
 from coordinator.left_groups import HOLD_S, LeftGroups
 from coordinator.review import Standing, Verdict, review
 from protos.ids import Fence, JobId
-from protos.plan import Basis, ClusterView, Learned, Plan
+from protos.plan import ClusterView, Learned
 from qtable.prior import load_prior
 
 JOB, OTHER = JobId("j-1"), JobId("j-2")
@@ -69,43 +66,10 @@ def test_ended_jobs_are_forgotten() -> None:
     assert left.over(Learned(), JOB) == Learned()
 
 
-def test_a_job_that_tried_something_else_goes_back_to_the_group_that_was_measured_cut_as_it_was() -> None:
-    """What was learned meanwhile would cut it otherwise, and is only predicted to be as quick."""
-    spec, made = started(*PAIR, profile=CLEAR)
-    (a, b) = made.subtasks
-    uneven = replace(
-        made,
-        subtasks=(replace(a, data_range=(0, 8)), replace(b, data_range=(8, b.data_range[1]))),
-        estimate=replace(made.estimate, basis=replace(basis_of(made), combination="as it was")),
-    )
+def test_a_job_knows_the_plans_of_the_groups_that_it_left_each_combination_once() -> None:
+    _, made = started(*PAIR, profile=CLEAR)
     _, alone = started(*PAIR, profile=CLEAR, strategy="single_node")
     left = Held()
-    left.note(JOB, uneven, 0.2 * alone.estimate.step_s)
-    standing = Standing(alone, Fence(2), 200, 100, alone.estimate.step_s, changes=1, earlier=left.plans(JOB))
-    view = ClusterView(PAIR, learned=left.over(Learned(), JOB))
-    verdict = review(standing, spec, CLEAR, DATA, view, load_prior().table())
-    assert verdict.message.startswith("data_parallel on a, b instead of single_node on ")
-    assert verdict.plan is not None and verdict.plan.estimate.basis == replace(basis_of(uneven), remembered=True)
-    assert [each.data_range for each in verdict.plan.subtasks] == [(0, 8), (8, b.data_range[1])]
-    assert left.plans(OTHER) == ()
-
-
-@pytest.mark.parametrize("now", ["gone", "less memory"])
-def test_a_group_that_could_not_work_again_is_not_gone_back_to(now: str) -> None:
-    spec, made = started(*PAIR, profile=CLEAR)
-    _, alone = started(*PAIR, profile=CLEAR, strategy="single_node")
-    earlier = replace(made, estimate=replace(made.estimate, basis=replace(basis_of(made), combination="as it was")))
-    (stays,) = {part.node_id for part in alone.subtasks}
-    here = tuple(node for node in PAIR if node.node_id == stays)
-    if now == "less memory":
-        need = max(made.estimate.memory_bytes.values())
-        here = tuple(replace(node, capacity=replace(node.capacity, memory_bytes=need)) for node in PAIR)
-    standing = Standing(alone, Fence(2), 200, 100, alone.estimate.step_s, changes=1, earlier=(earlier,))
-    view = ClusterView(here, learned=Learned(steps={"as it was": 0.01 * alone.estimate.step_s}))
-    verdict = review(standing, spec, CLEAR, DATA, view, load_prior().table())
-    assert " on a, b" not in verdict.message
-
-
-def basis_of(plan: Plan) -> Basis:
-    assert plan.estimate.basis is not None
-    return plan.estimate.basis
+    for plan in (made, alone, made):
+        left.note(JOB, plan, 1.0)
+    assert left.plans(JOB) == (made, alone) and left.plans(OTHER) == ()

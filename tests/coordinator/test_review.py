@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from coordinator.review import HOPELESS, MOST_CHANGES, MOST_TRYING, Standing, Ve
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
 from protos.model import ModelProfile
-from protos.plan import ClusterView, Learned, NodeView, Plan
+from protos.plan import ClusterView, Layout, Learned, NodeView, Plan, Schedule
 from protos.work import StepTimes
 from qtable.policy import Ledger
 from qtable.prior import load_prior
@@ -321,3 +322,32 @@ def test_the_node_that_holds_up_its_group_gets_less_once_the_ranks_have_said_wha
         assert 0 < 4 * slices[NodeId("b")] < slices[NodeId("a")]
     else:
         assert verdict.plan.strategy == "single_node", "it may be any of them, or the network"
+
+
+def test_ranks_that_share_single_layers_cannot_tell_computing_from_waiting() -> None:
+    _, made = started(*PAIR, profile=CLEAR)
+    times = {number: StepTimes(0.1, 0.1, 0.1, 0.0) for number in range(2)}
+    assert Standing(made, Fence(1), 60, 60, 0.2, times=times).told
+    shared = replace(made, layout=Layout(((0, 1),), (), 1, Schedule.ONE_F_ONE_B, tensor=2))
+    assert not Standing(shared, Fence(1), 60, 60, 0.2, times=times).told
+
+
+@pytest.mark.parametrize(
+    ("slow", "said_of_it", "off"), [(1.0, "d joins", 10.0), (200.0, "c is left out", math.sqrt(10))]
+)
+def test_what_no_rank_computes_is_expected_of_the_same_nodes_and_half_of_it_of_others(
+    slow: float, said_of_it: str, off: float
+) -> None:
+    """Steps take ten times as long as what ranks compute explains: the link of one of them may have become slow, and
+    stay behind with it."""
+    three = (node("a"), node("b"), node("c"))
+    spec, made = started(*three, profile=CLEAR, strategy="data_parallel", **PLAIN)
+    own_s = [(slow if rank.node_id == "c" else 1.0) * rank.compute_s for rank in made.estimate.ranks]
+    explained_s = made.estimate.step_s + max(own_s) - max(rank.compute_s for rank in made.estimate.ranks)
+    times = {number: StepTimes(each, 1.0, 0.0, 0.0) for number, each in enumerate(own_s)}
+    nodes = (*three, node("d")) if slow == 1.0 else three
+    slower = 10 * explained_s / made.estimate.step_s
+    verdict = reviewed(spec, made, *nodes, profile=CLEAR, slower=slower, times=times)
+    assert verdict.plan is not None and verdict.message.startswith(said_of_it)
+    expected_ms = float(verdict.message.split(": ")[1].split(" ms")[0])
+    assert expected_ms == pytest.approx(1000 * off * verdict.plan.estimate.step_s, rel=0.05)

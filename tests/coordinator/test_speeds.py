@@ -327,26 +327,63 @@ def test_a_model_that_is_slower_than_its_family_on_several_nodes_is_so_on_the_ne
     assert found[NodeId("a")].work == pytest.approx(3.0) and found[NodeId("b")].work == pytest.approx(3.0)
 
 
+def running(made: Plan, learned: Learned, step_s: float, off: dict[str, float], **parts: Any) -> Learned:
+    """What is known while `made` runs; `off`: its ranks' computing beside what the formulas say."""
+    inputs = Inputs(job(**parts), PROFILE, DATA, ClusterView(CLUSTER.nodes, learned=learned))
+    alone_s = {k: off[rank.node_id] * rank.compute_s for k, rank in enumerate(made.estimate.ranks)}
+    return with_running(inputs, made.estimate, step_s, alone_s).cluster.learned
+
+
 def test_ranks_of_a_running_group_tell_half_of_other_kinds_of_work_where_those_are_unknown() -> None:
     made = decide(strategy="data_parallel")
     assert made.estimate.basis is not None
-    key, off = made.estimate.basis.model, {NodeId("a"): 4.0, NodeId("b"): 1.0}
+    key = made.estimate.basis.model
     known = Learned(models={(NodeId("b"), key, Work.WHOLE): 1.5})
-    spec = job(strategy="data_parallel")
-    inputs = Inputs(spec, PROFILE, DATA, ClusterView(CLUSTER.nodes, learned=known))
-    models = with_running(inputs, made.estimate, 0.1, off).cluster.learned.models
-    assert models[NodeId("a"), key, Work.REPLICA] == 4.0
+    models = running(made, known, 0.1, {"a": 4.0, "b": 1.0}, strategy="data_parallel").models
+    assert models[NodeId("a"), key, Work.REPLICA] == pytest.approx(4.0)
     assert models[NodeId("a"), key, Work.WHOLE] == models[NodeId("a"), key, Work.STAGE] == pytest.approx(2.0)
     assert models[NodeId("b"), key, Work.WHOLE] == 1.5, "it was measured"
 
 
-def test_a_node_that_is_slower_than_it_was_for_the_same_model_is_so_at_any_kind_of_work() -> None:
-    alone = {"strategy": "single_node", "nodes": {"require": {"names": ["a"]}}}
+@pytest.mark.parametrize("learned_before", [1.0, 3.0])
+def test_a_node_that_is_slower_than_it_was_for_the_same_model_is_so_at_any_kind_of_work(learned_before: float) -> None:
+    """Whatever the plan was made with: what was learned since is not counted twice."""
+    alone: dict[str, Any] = {"strategy": "single_node", "nodes": {"require": {"names": ["a"]}}}
     made = decide(**alone)
     assert made.estimate.basis is not None
     key = made.estimate.basis.model
-    known = Learned(models={(NodeId("a"), key, Work.WHOLE): 1.0, (NodeId("a"), key, Work.REPLICA): 1.2})
+    known = Learned(
+        models={(NodeId("a"), key, Work.WHOLE): learned_before, (NodeId("a"), key, Work.REPLICA): 1.2 * learned_before}
+    )
     inputs = Inputs(job(**alone), PROFILE, DATA, ClusterView(CLUSTER.nodes, learned=known))
     models = with_running(inputs, made.estimate, 3.0 * made.estimate.step_s, {}).cluster.learned.models
     assert models[NodeId("a"), key, Work.WHOLE] == pytest.approx(3.0)
     assert models[NodeId("a"), key, Work.REPLICA] == pytest.approx(3.6)
+
+
+def test_a_group_that_computes_as_is_known_of_its_nodes_teaches_nothing_of_other_kinds_of_work() -> None:
+    """Most of these steps is overhead, and that is what was learned."""
+    made = decide(strategy="data_parallel")
+    assert made.estimate.basis is not None
+    ranks = tuple(replace(rank, overhead_s=0.9 * rank.compute_s) for rank in made.estimate.ranks)
+    made = replace(made, estimate=replace(made.estimate, ranks=ranks))
+    kinds = {
+        (NodeId(name), "matmul", work): Factors(1.0, 3.0) for name in ("a", "b") for work in (Work.WHOLE, Work.REPLICA)
+    }
+    after = running(made, Learned(speeds=kinds), 0.1, {"a": 2.8, "b": 2.8}, strategy="data_parallel").models
+    key = made.estimate.basis.model
+    assert {round(after[NodeId(name), key, work], 6) for name in ("a", "b") for work in (Work.WHOLE, Work.REPLICA)} == {
+        2.8
+    }
+
+
+def test_of_several_ranks_on_a_node_the_slowest_says_what_it_takes() -> None:
+    made = decide(strategy="data_parallel")
+    assert made.estimate.basis is not None
+    first = made.estimate.ranks[0]
+    ranks = tuple(replace(first, node_id=NodeId("a")) for _ in range(3))
+    made = replace(made, estimate=replace(made.estimate, ranks=ranks))
+    inputs = Inputs(job(strategy="data_parallel"), PROFILE, DATA, CLUSTER)
+    alone_s = {0: first.compute_s, 1: 3.0 * first.compute_s, 2: first.compute_s}
+    models = with_running(inputs, made.estimate, 0.1, alone_s).cluster.learned.models
+    assert models[NodeId("a"), made.estimate.basis.model, Work.REPLICA] == pytest.approx(3.0)

@@ -16,6 +16,7 @@ from protos.ids import NodeId
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
 from protos.plan import Layout, Schedule
 from strategies.base import Inputs, PlacedEstimate
+from strategies.learned import combination
 from strategies.links import LOOPBACK_BYTES_PER_S
 from strategies.memory import stage_reserve_bytes
 from strategies.pipeline_parallel import PipelineParallel, micro_batch_counts
@@ -247,3 +248,25 @@ def test_sixteen_unlike_nodes_are_planned_and_none_twice() -> None:
     placed = P.estimate(ask(*nodes, profile=stack(48, 10_000_000), nodes={"max": 16}, train={"batch_size": 256}))
     assert len(set(placed.nodes)) == len(placed.nodes) >= 8
     assert math.isfinite(placed.cost.seconds)
+
+
+def test_a_measured_step_is_that_of_the_same_stages_on_the_same_nodes() -> None:
+    inputs = ask(node("slow", 10.0), node("fast", 20.0), profile=stack(12), **pipeline())
+    placed = P.estimate(inputs)
+    first, second = placed.placements
+    turned = (replace(first, node_id=second.node_id), replace(second, node_id=first.node_id))
+    same = combination(inputs, P.name, placed)
+    assert combination(inputs, P.name, replace(placed, placements=(second, first))) == same, "in whatever order"
+    assert combination(inputs, P.name, replace(placed, placements=turned)) != same
+    layout = replace(layout_of(placed), stages=((0, 1), (1, 12)))
+    assert combination(inputs, P.name, replace(placed, layout=layout)) != same
+
+
+def test_a_measured_step_is_that_of_the_same_replicas_whichever_comes_first() -> None:
+    inputs = ask(
+        node("a"), node("b"), node("c"), node("d"), profile=stack(12), **pipeline({"stages": 2, "replicas": 2})
+    )
+    placed = P.estimate(inputs)
+    swapped = tuple(replace(each, replica=1 - each.replica) for each in placed.placements)
+    assert {each.replica for each in swapped} == {0, 1}
+    assert combination(inputs, P.name, replace(placed, placements=swapped)) == combination(inputs, P.name, placed)
