@@ -33,6 +33,7 @@ from bench.report import Bound, Figure, Finding, Gate, document, figure_of
 from bench.runner import options, perform
 from bench.stage import Stage
 from bench.workloads import Workload
+from strategies.cost import COST_MODEL_VERSION
 from tests.e2e.cluster import until
 from tests.netns.lan_cluster import LanCluster
 from tests.netns.machines import lan, why_not
@@ -54,13 +55,15 @@ JOBS, OTHERS_WIN, WINNERS = 20, 5, 3  # fewer, or won by fewer, and the jobs pro
 
 @dataclass(slots=True)
 class Measured:
-    """One job. `seconds`: by what it ran as, a value a round; `taken`: what `auto` ended with, round by round."""
+    """One job. `seconds`: by what it ran as, a value a round; `taken`: what `auto` ended with, round by round;
+    `cost_model`: the version that chose."""
 
     job: OracleJob
     seconds: dict[str, list[float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # not possible, or given up, with the reason
     taken: list[str] = field(default_factory=list)
     target: float | None = None
+    cost_model: int = COST_MODEL_VERSION
 
     @property
     def strategies(self) -> dict[str, float]:
@@ -112,12 +115,13 @@ class Record:
 
 
 def recorded(content: Mapping[str, Any]) -> list[Measured]:
-    """The jobs of such a file that are still jobs of this benchmark, as they are now."""
+    """The jobs of such a file that are still jobs of this benchmark, as they are now, and were chosen for by formulas
+    as they are now."""
     now = {job.name: job for network in NETWORKS for job in (OracleJob(network, model) for model in MODELS)}
     found = []
     for each in (job for benchmark in content["benchmarks"] for job in benchmark["detail"].get("jobs", ())):
         job = OracleJob(each["job"]["network"], Workload(**each["job"]["model"]))
-        if now.get(job.name) == job:
+        if now.get(job.name) == job and each.get("cost_model") == COST_MODEL_VERSION:
             found.append(Measured(job, each["seconds"], each["refused"], each["taken"], each["target"]))
     return found
 

@@ -48,7 +48,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One job in one world at one scale of errors. `regret` by way of choosing."""
+    """One job in one world at one scale of errors. `regrets` by way of choosing; with probes `looking_s` of `seconds`
+    went into finding the plan that it ended with."""
 
     sigma: float
     case: Case
@@ -58,6 +59,8 @@ class Run:
     tried: bool
     again: bool
     short_of_memory: int
+    seconds: float
+    looking_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ def _run(truth: Truth, one: Job, played: dict[Way, Played], plans: Plans, again:
         bool(played[Way.PROBES].trials),
         again,
         sum(_short_of_memory(truth.world, each) for each in played.values()),
+        played[Way.PROBES].seconds,
+        played[Way.PROBES].looking_s,
     )
 
 
@@ -150,6 +155,7 @@ def figures_of_day_one(runs: Sequence[Run]) -> list[Figure]:
     wins = [min(run.case.actions, key=lambda action: run.case.actions[action]) for run in runs if run.sigma == sigma]
     shares = ", ".join(f"{name} {wins.count(name) / len(wins):.0%}" for name in sorted(set(wins)))
     found.append(Figure("day one: jobs that begin with trials", 100 * tried, "%", note=f"winners: {shares}"))
+    found.append(_looking(f"day one, sigma {sigma:g}", [run for run in runs if run.sigma == sigma]))
     found.append(Figure("day one: out of memory", short, gate=Gate(Bound.EXACTLY, 0)))
     return found
 
@@ -173,6 +179,8 @@ def figures_after_jobs(worlds: Sequence[Learned], count: int) -> list[Figure]:
             limit = gates.get((sigma, way))
             gate = None if limit is None else Gate(Bound.BELOW, limit)
             found.append(_regret(f"{name}: {way.value}", _of(here, way), gate))
+        gate = Gate(Bound.BELOW, 100 * LEDGER_SHARE) if sigma == SIGMAS[1] else None
+        found.append(_looking(name, here, gate))
         new = [run for run in here if not run.again]
         found.append(_regret(f"{name}: with probes, models never run before", _of(new, Way.PROBES)))
     share, bound = max(each.ledger_share for each in worlds), Gate(Bound.BELOW, 100 * LEDGER_SHARE + 1e-9)
@@ -180,6 +188,12 @@ def figures_after_jobs(worlds: Sequence[Learned], count: int) -> list[Figure]:
     lost = sum(each.short_of_memory for each in worlds)
     short = Figure(f"after {count} jobs: out of memory", lost, gate=Gate(Bound.EXACTLY, 0))
     return [*found, ledger, short]
+
+
+def _looking(name: str, runs: Sequence[Run], gate: Gate | None = None) -> Figure:
+    """What trials and changes of plan cost of all that jobs took, whoever pays for it."""
+    share = sum(run.looking_s for run in runs) / sum(run.seconds for run in runs)
+    return Figure(f"{name}: trials and changes of plan, of all time", 100 * share, "%", gate=gate)
 
 
 def _of(runs: Iterable[Run], way: Way) -> list[float]:

@@ -56,9 +56,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """`seconds` is what is to be expected of such a course: luck decides what is learned, not who was right."""
+    """`seconds` is what is to be expected of such a course: luck decides what is learned, not who was right.
+    `looking_s` of them went into changes of plan, and into steps slower than those of the plan it ended with."""
 
     seconds: float
+    looking_s: float
     groups: tuple[Group, ...]
     trials: tuple[str, ...]
     explored: bool
@@ -90,7 +92,7 @@ def play(truth: Truth, job: Job, way: Way, known: Coordinator, rng: random.Rando
     decision_s = time.process_time() - started
     known.apply(DECISION, decision_payload(plan, job.spec, job.profile, job.data))
     first, fence, done, total_s = plan, 1, 0, truth.startup_s(job, plan.strategy, _nodes(plan))
-    groups, earlier = list[Group](), list[Plan]()
+    groups, earlier, switching_s, made = list[Group](), list[Plan](), 0.0, list[int]()
     while True:
         step, luck = truth.step(job, plan.strategy, as_placed(plan)), noise(rng)
         groups.append(Group(plan.strategy, step.seconds, step.memory_bytes))
@@ -105,12 +107,24 @@ def play(truth: Truth, job: Job, way: Way, known: Coordinator, rng: random.Rando
             if verdict.plan is not None:
                 earlier.append(plan)
                 known.apply(TRIAL, outcome_payload(plan, _measured(step, luck, need, fence)))
-                total_s += truth.switch_s(job, [*_nodes(plan), *_nodes(verdict.plan)])
+                switching_s += truth.switch_s(job, [*_nodes(plan), *_nodes(verdict.plan)])
+                made.append(need)
                 plan, fence = verdict.plan, fence + 1
                 continue
         total_s += (steps - done) * step.seconds
         known.apply(OUTCOME, outcome_payload(plan, _measured(step, luck, steps - done, fence)))
-        return Played(total_s, tuple(groups), first.trials, first.explored_loss_s > 0, decision_s)
+        slower_s = sum(
+            steps_made * max(0.0, group.step_s - step.seconds)
+            for steps_made, group in zip(made, groups[:-1], strict=True)
+        )
+        return Played(
+            total_s + switching_s,
+            switching_s + slower_s,
+            tuple(groups),
+            first.trials,
+            first.explored_loss_s > 0,
+            decision_s,
+        )
 
 
 def _chosen(known: Coordinator, world: World, job: Job, way: Way, rng: random.Random) -> Plan:

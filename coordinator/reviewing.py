@@ -2,7 +2,7 @@
 
 A job is looked at once its group has made enough steps to judge, then once all ranks have said what theirs take, and
 whenever its nodes, the idle ones, a link or what is known of them is different, or its own steps have become longer or
-shorter by a third. Its steps are those of the last half minute: links of busy nodes are not probed, so they are all
+shorter by 1.3 times. Its steps are those of the last half minute: links of busy nodes are not probed, so they are all
 that tells of a link that has become slow. Planning runs in a thread. What was decided is posted to the control loop,
 which takes it only if it still holds there.
 """

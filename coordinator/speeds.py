@@ -57,9 +57,9 @@ class Average:
 class Speeds:
     """`apply` outcomes, ask `learned`. Keys of `_speeds` end with the part of the time: work or overhead."""
 
-    _speeds: dict[tuple[str, str, str, str], Average] = field(default_factory=dict)
-    _models: dict[tuple[str, str, str], Average] = field(default_factory=dict)
-    _networks: dict[tuple[str, str], Average] = field(default_factory=dict)
+    _speeds: dict[tuple[NodeId, str, Work, str], Average] = field(default_factory=dict)
+    _models: dict[tuple[NodeId, str, Work], Average] = field(default_factory=dict)
+    _networks: dict[tuple[str, Work], Average] = field(default_factory=dict)
     _steps: dict[str, Average] = field(default_factory=dict)
     _memory: MemoryNeeds = field(default_factory=MemoryNeeds)
     _made: Learned | None = None
@@ -70,7 +70,7 @@ class Speeds:
             return False
         self._made = None
         basis, step_s = payload["basis"], float(payload["measured_step_s"])
-        work = Work(basis["work"]).value
+        work = Work(basis["work"])
         for rank in payload["ranks"]:
             self._rank(rank, work, str(basis["model"]))
         if (network := payload.get("network")) is not None:
@@ -93,8 +93,8 @@ class Speeds:
         self._made = None
         return self._memory.ran_out(payload)
 
-    def _rank(self, rank: Mapping[str, Any], work: str, model: str) -> None:
-        node, measured_s = str(rank["node"]), float(rank["measured_s"])
+    def _rank(self, rank: Mapping[str, Any], work: Work, model: str) -> None:
+        node, measured_s = NodeId(str(rank["node"])), float(rank["measured_s"])
         if not measured_s > 0:
             return
         overhead_s = float(rank["overhead_s"])
@@ -119,18 +119,13 @@ class Speeds:
         return self._made
 
     def _now(self) -> Learned:
-        speeds: dict[tuple[NodeId, str, Work], Factors] = {}
-        for node, family, work, _ in self._speeds:
-            speeds[NodeId(node), family, Work(work)] = Factors(
-                *(self._speeds.get((node, family, work, part), Average()).factor for part in ("work", "overhead"))
-            )
-        return Learned(
-            speeds,
-            {(NodeId(node), model, Work(work)): each.factor for (node, model, work), each in self._models.items()},
-            {(network, Work(work)): each.factor for (network, work), each in self._networks.items()},
-            {combination: each.factor for combination, each in self._steps.items()},
-            dict(self._memory.factors),
-        )
+        unknown = Average()
+        speeds = {
+            key: Factors(*(self._speeds.get((*key, part), unknown).factor for part in ("work", "overhead")))
+            for key in {(node, family, work): None for node, family, work, _ in self._speeds}
+        }
+        models, networks, steps = _factors(self._models), _factors(self._networks), _factors(self._steps)
+        return Learned(speeds, models, networks, steps, dict(self._memory.factors))
 
     def of_node(self, node_id: NodeId) -> dict[str, Any]:
         """For people: by family and kind of work, how many times longer than measured at joining, and how sure."""
@@ -236,6 +231,10 @@ def _clipped(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"no logarithm: {value}")
     return max(-LIMIT, min(LIMIT, value))
+
+
+def _factors(kept: Mapping[K, Average]) -> dict[K, float]:
+    return {key: each.factor for key, each in kept.items()}
 
 
 def _put(averages: dict[K, Average], key: K, value: Average) -> None:

@@ -13,9 +13,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-from statistics import fmean, geometric_mean, variance
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from protos.capacity import Capacity, FamilyRate, LinkEstimate
@@ -158,16 +158,16 @@ def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
     what the model was slower than its family elsewhere. Where no such layers ever ran: what others were off by."""
     learned, train = inputs.cluster.learned, inputs.spec.train
     own = learned.of_model(model_key(inputs.profile, train), work)
-    found = {}
+    found, families = {}, dict[str, _OfFamily]()
     for node in inputs.cluster.nodes:
         if (factor := own.get(node.node_id)) is not None:
             found[node.node_id] = Factors(factor, factor)
             continue
-        of_family = learned.of_family(family_of(inputs.profile, node.capacity))
-        known = {each: _at(kinds, work) for each, kinds in of_family.items()}
-        here = known.get(node.node_id) or Factors(
-            several(each.work for each in known.values()), several(each.overhead for each in known.values())
-        )
+        family = family_of(inputs.profile, node.capacity)
+        if family not in families:
+            families[family] = _of_family(learned, family, work)
+        known = families[family].nodes
+        here = known.get(node.node_id) or families[family].elsewhere
         speed = cost.speed(inputs.profile, node.capacity, train)
         most_is_work = speed.seconds_per_sample * train.batch_size > speed.overhead_s
         shared = several(
@@ -178,6 +178,20 @@ def factors(inputs: Inputs, work: Work) -> dict[NodeId, Factors]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _OfFamily:
+    """Of a family of layers: what is known of it by node, and what to expect of a node where it never ran."""
+
+    nodes: Mapping[NodeId, Factors]
+    elsewhere: Factors
+
+
+def _of_family(learned: Learned, family: str, work: Work) -> _OfFamily:
+    nodes = {each: _at(kinds, work) for each, kinds in learned.of_family(family).items()}
+    parts = (several(each.work for each in nodes.values()), several(each.overhead for each in nodes.values()))
+    return _OfFamily(nodes, Factors(*parts))
+
+
 def several(seen: Iterable[float]) -> float:
     """The factor to expect of one more node. That one or two were off is their own doing; that several were, and by
     about as much, is the model's: their mean logarithm, less the share that nodes which differ so much would have by
@@ -185,8 +199,10 @@ def several(seen: Iterable[float]) -> float:
     logarithms = [math.log(factor) for factor in seen if factor != 1.0]
     if len(logarithms) < SEVERAL:
         return 1.0
-    mean = fmean(logarithms)
-    by_chance = variance(logarithms) / len(logarithms) / mean**2 if mean else 1.0
+    count = len(logarithms)
+    mean = sum(logarithms) / count
+    variance = sum((each - mean) ** 2 for each in logarithms) / (count - 1)
+    by_chance = variance / count / mean**2 if mean else 1.0
     return math.exp(max(0.0, 1.0 - by_chance) * mean)
 
 

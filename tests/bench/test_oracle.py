@@ -129,6 +129,13 @@ def test_a_job_whose_model_has_changed_since_is_measured_again(tmp_path: Path) -
     assert recorded(json.loads(record.file.read_text())) == [second]
 
 
+def test_a_job_that_other_formulas_chose_for_is_measured_again(tmp_path: Path) -> None:
+    (first, second, *_) = jobs()
+    record = Record(tmp_path / "oracle.json", [replace(first, cost_model=first.cost_model - 1), second])
+    record.save()
+    assert recorded(json.loads(record.file.read_text())) == [second]
+
+
 def test_a_line_says_what_auto_took_the_best_the_winner_and_the_first_round() -> None:
     line = line_of(jobs()[2])
     for part in ("auto 18.5 s", "best 18.0 s (data_parallel)", "1.03 of the best", "first round 18.9 s: 1.05"):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.replay_public import SETTINGS, left_out, main, predicted, replay, seconds_of, traces
+from bench.report import Figure
 from bench.replay_traces import Fit, Row, applications, error, fitted
 
 
@@ -41,6 +43,9 @@ def test_traces_are_read_from_a_folder(tmp_path: Path) -> None:
     (found,) = applications(tmp_path)
     assert (found.name, found.rows, found.fitted) == ("bert", 17, 14)
     assert found.error < 0.1
+    figures = {figure.name: figure for figure in traces(tmp_path).figures}
+    assert figures["AdaptDL: the worst application"].passed
+    assert figures["AdaptDL: rows read"].passed is False, "17 of 7,103"
     with pytest.raises(FileNotFoundError, match="simulator/traces"):
         applications(folder)
 
@@ -50,6 +55,31 @@ def test_the_hybrid_won_at_fp16_rates_only() -> None:
     fast, slow = (seconds_of(predicted(setting)) for setting in SETTINGS[:2])
     assert min(fast, key=lambda configuration: fast[configuration]) == (4, 4)
     assert min(slow, key=lambda configuration: slow[configuration]) == (16, 1)
+
+
+def test_the_winners_that_are_claimed_are_gates_and_the_others_are_not() -> None:
+    claimed = [setting for setting in SETTINGS if setting.claimed]
+    assert [setting.name.split(",")[:2] for setting in claimed] == [
+        ["AMP", " GPT-2"],
+        ["Sailor", " OPT-350M"],
+        ["Sailor", " GPT-Neo-2.7B"],
+    ]
+    for setting in SETTINGS:
+        finding = replay(setting)
+        assert [figure.passed for figure in finding.figures if figure.gate] == [True] * setting.claimed
+        assert finding.passed
+
+
+def judged(measured: dict[tuple[int, int], float], nodes: int) -> Figure:
+    (setting,) = [each for each in SETTINGS if "OPT-350M" in each.name and each.nodes == nodes]
+    return replay(replace(setting, measured=measured, claimed=True)).figures[-1]
+
+
+def test_another_winner_than_the_predicted_one_fails_also_one_that_hive_cannot_run() -> None:
+    lost = judged({(16, 1): 1.926, (8, 2): 1.9, (4, 4): 2.726}, 16)
+    assert (lost.name.endswith("top-1 regret"), lost.passed) == (True, False)
+    assert lost.value == pytest.approx(100 * (1.926 / 1.9 - 1))
+    assert judged({(32, 1): 1.026, (16, 2): 1.0}, 32).passed is False
 
 
 def test_a_setting_with_one_configuration_left_says_why_the_others_are_no_choice() -> None:

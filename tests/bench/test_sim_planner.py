@@ -98,7 +98,23 @@ def test_the_figures_of_a_tiny_run_name_their_gates() -> None:
     worlds = learned_after(0, 3)
     figures = figures_after_jobs(worlds, 3)
     assert {str(figure.gate) for figure in figures if figure.gate} >= {"< 2.5", "< 1.5", "< 4", ">= 2.5"}
-    assert all(run.regrets[way.value] >= -1e-9 for each in worlds for run in each.runs for way in Way)
+    changes = {figure.name: figure for figure in figures if "trials and changes of plan" in figure.name}
+    assert len(changes) == 3 and [str(each.gate) for each in changes.values() if each.gate] == ["< 1"]
+
+
+def test_what_trials_and_changes_of_plan_cost_is_part_of_the_time_and_counted_apart() -> None:
+    found, one = some(2)
+    truth, steps = Truth(found, 0.5), one.spec.train.steps or 1
+    once = play(truth, one, Way.RESIDUAL, Coordinator(), random.Random(1))
+    assert (len(once.groups), once.looking_s) == (1, 0.0)
+    course = next(
+        course
+        for number in range(40)
+        for found, one in (some(number),)
+        if (course := play(Truth(found, 0.5), one, Way.PROBES, Coordinator(), random.Random(1))).looking_s > 0
+    )
+    assert len(course.groups) > 1 and course.looking_s < course.seconds
+    assert once.seconds > steps * once.groups[-1].step_s
 
 
 def test_the_95th_percentile_of_day_one_is_gated_with_probes_and_without() -> None:
