@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
-from coordinator import learning
+from coordinator import learning, unplaced
 from coordinator.blobs import BlobStore
 from coordinator.cluster import nobody
 from coordinator.control import events as e
@@ -213,6 +213,8 @@ class Effects:
             )
             writes.append(AppendEvent(learning.DECISION, after.job_id, None, payload))
         if after.state in TERMINAL_JOB_STATES and (before is None or not before.ended):
+            if after.plan is None and (candidates := self._placement.refused(after.job_id)):
+                writes.append(AppendEvent(unplaced.UNPLACED, after.job_id, None, unplaced.payload(candidates)))
             metrics = await asyncio.to_thread(self._folders.metrics, after.job_id)
             now_s = record.finished_s or record.updated_s
             progress = self.controller.progress(after.job_id)

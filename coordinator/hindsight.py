@@ -82,6 +82,13 @@ def _decision(payload: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "predicted_s": payload.get("predicted_s"),
         "expected_loss_s": payload.get("loss_if_wrong_s", 0.0),
+        "propensity": payload.get("propensity"),
+        "forced": payload.get("forced"),
+        "explored": payload.get("explored"),
+        "explored_loss_s": payload.get("expected_loss_s"),
+        "state": payload.get("state"),
+        "features": payload.get("features"),
+        "cost_model_version": payload.get("cost_model_version"),
         "trials": list(payload.get("trials", ())),
         "trial_steps": payload.get("trial_steps", 0),
     }

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coordinator import views
+from coordinator import unplaced, views
 from coordinator.access import Caller
 from coordinator.answers import answer, fitting, whole_steps
 from coordinator.blobs import BlobStore
@@ -33,7 +33,7 @@ from coordinator.token_book import TokenBook
 from protos import documents, jobspec
 from protos.artifact import Manifest, check_manifest
 from protos.capacity import Capacity
-from protos.errors import AccessError, Conflict, ErrorCode, HiveError, NoPlacement, NotFound, SpecError
+from protos.errors import AccessError, Conflict, ErrorCode, NoPlacement, NotFound, SpecError
 from protos.gen import jobs_pb2, jobs_pb2_grpc
 from protos.ids import JobId, NodeId, new_job_id
 from protos.plan import Identification, NodeView, Plan
@@ -254,23 +254,27 @@ class JobsService(jobs_pb2_grpc.JobsServicer):
     async def Explain(self, request: jobs_pb2.JobRequest, context: Any) -> jobs_pb2.Document:
         seq = self.store.last_seq
         record = await self._record(request.job_id)
-        if record.plan_json is None:
-            raise HiveError(
-                f"{record.job_id} has no plan yet: {record.message or record.state.value.lower()}",
-                "hive show tells where it is",
-                code=ErrorCode.CONFLICT,
-            )
-        plan = documents.decode(Plan, record.plan_json)
-        plan = replace(plan, spares=self.placement.spares_of(record.job_id, plan.id))
         found = documents.decode(Identification, record.profile_json) if record.profile_json else None
+        if record.plan_json is None:
+            content = views.unplanned(await self._considered(record.job_id), found, _LAYERS_SHOWN, self._names())
+        else:
+            plan = documents.decode(Plan, record.plan_json)
+            plan = replace(plan, spares=self.placement.spares_of(record.job_id, plan.id))
+            content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
         result = json.loads(record.result_json) if record.result_json else {}
-        content = views.plan(plan, found, _LAYERS_SHOWN, self._names())
         events = await self.store.events(0, record.job_id, TOLD, _EVENTS_READ)
         seen = hindsight([Told(event.kind, event.time_s, json.loads(event.payload_json)) for event in events])
         ranks = views.ranks(self.controller.times_now(record.job_id), self._names())
         return answer(
             **content, measured=result.get("measured"), hindsight=seen, ranks=ranks, job=self._job(record, seq)
         )
+
+    async def _considered(self, job_id: JobId) -> list[dict[str, Any]]:
+        """For a job without a plan: of a waiting one when it was last tried, of one that ended as it was then."""
+        if candidates := self.placement.refused(job_id):
+            return list(unplaced.payload(candidates)["candidates"])
+        kept = await self.store.events(0, job_id, (unplaced.UNPLACED,), 1)
+        return list(json.loads(kept[0].payload_json)["candidates"]) if kept else []
 
     async def Metrics(self, request: jobs_pb2.MetricsRequest, context: Any) -> jobs_pb2.Document:
         record = await self._record(request.job_id)

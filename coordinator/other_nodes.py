@@ -13,6 +13,7 @@ from dataclasses import replace
 from coordinator.planner import Consideration, arm_of, plan_of, predicted, without
 from protos.jobspec import StrategyName
 from protos.plan import Candidate, NodeView, Plan
+from qtable.policy import masked
 from qtable.probing import Arm, belief, expected_loss_s
 from strategies.base import PlacedEstimate
 from strategies.registry import BUILT
@@ -84,7 +85,8 @@ def plan_of_way(
     candidates = tuple(row if each.strategy == strategy else each for each in considered.candidates)
     taken = replace(considered, placed={**considered.placed, strategy: placed}, candidates=candidates)
     made = plan_of(taken, strategy, why, 1.0, None)
-    beliefs = {name: belief(arm, considered.residuals.get(name, 0.0)) for name, arm in arms.items()}
+    weighed = {name: arm for name, arm in arms.items() if name not in masked(arms, way)}
+    beliefs = {name: belief(arm, considered.residuals.get(name, 0.0)) for name, arm in weighed.items()}
     return replace(
         made,
         candidates=(*made.candidates, *_others(considered, way, trials)),

@@ -20,11 +20,12 @@ from coordinator.learning import Learner
 from coordinator.left_groups import LeftGroups
 from coordinator.sessions import Sessions
 from coordinator.submission import Submission
+from coordinator.unplaced import considered
 from protos.errors import NoPlacement
 from protos.ids import JobId, NodeId, PlanId
 from protos.jobspec import JobSpec, StrategyName
 from protos.log import Log
-from protos.plan import ClusterView, Identification, Plan, SparePlan
+from protos.plan import Candidate, ClusterView, Identification, Plan, SparePlan
 from protos.states import Reason
 
 log = Log("hive.coordinator.placement")
@@ -93,6 +94,11 @@ class Placement:
         self._prepared.pop(job_id, None)
         self._left.forget(job_id)
 
+    def refused(self, job_id: JobId) -> tuple[Candidate, ...]:
+        """What was considered when a job that waits was last refused."""
+        refused = self._refused.get(job_id)
+        return refused[1].candidates if refused is not None else ()
+
     async def plan_now(self, submission: Submission, found: Identification, nodes: tuple[NodeId, ...]) -> Plan:
         """A dry run over all nodes that would take work, with how it would go on without some. Raises NoPlacement.
 
@@ -140,6 +146,7 @@ class Placement:
     ) -> Plan | Unplaced:
         """coordinator.control.events.PlanFor."""
         if not willing:
+            self._refused.pop(job_id, None)
             return Unplaced(*self._nobody(), permanent=False, reason=Reason.WAITING_FOR_NODES)
         known = self._jobs.get(job_id)
         if known is None:
@@ -187,22 +194,22 @@ class Placement:
                 return planner.replan(previous, spec, found.profile, found.data, view, learner.table, holders=holders)
             return planner.plan(spec, found.profile, found.data, view, learner.table, self._rng, learner.ledger)
         except NoPlacement as error:
-            everyone = self.view(willing)
+            everyone, weighed = self.view(willing), considered(error)
             if len(idle) < len(willing) and planner.placeable_when_idle(spec, found.profile, found.data, everyone):
-                return Unplaced(
-                    "waits for nodes that are busy with earlier jobs", "", False, Reason.WAITING_FOR_BUSY_NODES
-                )
+                message = "waits for nodes that are busy with earlier jobs"
+                return Unplaced(message, "", False, Reason.WAITING_FOR_BUSY_NODES, weighed)
             too_few = len(willing) < _needed(spec)
             if too_few or previous is not None:
                 message = f"needs {_needed(spec)} nodes, {len(willing)} take work" if too_few else error.message
-                return Unplaced(message, JOIN_HINT if too_few else error.hint, False, Reason.WAITING_FOR_NODES)
+                hint = JOIN_HINT if too_few else error.hint
+                return Unplaced(message, hint, False, Reason.WAITING_FOR_NODES, weighed)
             missing = self._away()
             if any(each.capacity is None for each in missing) or planner.placeable_when_idle(
                 spec, found.profile, found.data, once_back(everyone, missing)
             ):
                 message = f"fits none of the nodes that take work now, and waits: {said_of(missing)}"
-                return Unplaced(message, WAIT_HINT, False, Reason.WAITING_FOR_NODES)
-            return Unplaced(error.message, error.hint, True, Reason.NO_PLACEMENT)
+                return Unplaced(message, WAIT_HINT, False, Reason.WAITING_FOR_NODES, weighed)
+            return Unplaced(error.message, error.hint, True, Reason.NO_PLACEMENT, weighed)
 
 
 def _broken(message: str, hint: str) -> Unplaced:

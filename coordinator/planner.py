@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from coordinator.smallest_change import smallest_changes
-from protos.errors import NoPlacement
+from coordinator.unplaced import NothingFits
 from protos.ids import NodeId, PlanId, new_plan_id
 from protos.jobspec import JobSpec, StrategyName, StrategyOptions
 from protos.model import ModelProfile
 from protos.plan import Candidate, ClusterView, CoordinationPlan, DataProfile, Layout, Plan, SparePlan
 from protos.states import Activity
 from qtable.backoff import deviations, residuals
-from qtable.policy import BAND, FAR, Arm, Ledger, choose
+from qtable.policy import BAND, FAR, Arm, Ledger, choose, masked
 from qtable.probing import REPEAT_DEVIATION, belief, expected_loss_s
 from qtable.state import Observation, StateKey
 from qtable.table import QTable
@@ -56,7 +56,7 @@ class Consideration:
         return belief(self.arms[strategy], self.residuals[strategy]).median_s
 
     def quickest(self) -> str:
-        return min(self.placed, key=self.expected_s)
+        return min((name for name in self.placed if name not in masked(self.arms)), key=self.expected_s)
 
     @property
     def switch_s(self) -> float:
@@ -280,7 +280,8 @@ def _forced(considered: Consideration, strategy: str, why: str, plan_id: PlanId 
 def plan_of(considered: Consideration, strategy: str, why: str, propensity: float, plan_id: PlanId | None) -> Plan:
     inputs, placed = considered.inputs, considered.placed[strategy]
     subtasks = BUILT[StrategyName(strategy)].decompose(inputs, placed)
-    beliefs = {name: belief(arm, considered.residuals[name]) for name, arm in considered.arms.items()}
+    far = masked(considered.arms, strategy)
+    beliefs = {k: belief(arm, considered.residuals[k]) for k, arm in considered.arms.items() if k not in far}
     return Plan(
         id=plan_id or new_plan_id(),
         strategy=strategy,
@@ -366,13 +367,14 @@ def _sync(placed: PlacedEstimate) -> str:
     return f" (sync {exposed_s / placed.cost.step_s:.0%} of a step)" if len(placed.placements) > 1 else ""
 
 
-def _no_placement(considered: Consideration, wanted: Iterable[str]) -> NoPlacement:
+def _no_placement(considered: Consideration, wanted: Iterable[str]) -> NothingFits:
     reasons = {c.strategy: "; ".join(c.reasons) for c in considered.candidates if c.strategy in set(wanted)}
     said = [f"{name}: {why}." for name, why in reasons.items() if why != NOT_BUILT]
     missing = [name for name, why in reasons.items() if why == NOT_BUILT]
     if missing:
         said.append(f"{', '.join(missing)}: {NOT_BUILT}.")
-    return NoPlacement(f"no plan fits the cluster. {' '.join(said)}", _hint(considered, reasons))
+    hint = _hint(considered, reasons)
+    return NothingFits(f"no plan fits the cluster. {' '.join(said)}", hint, considered.candidates)
 
 
 def _hint(considered: Consideration, reasons: dict[str, str]) -> str:

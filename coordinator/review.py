@@ -27,7 +27,7 @@ from protos.jobspec import JobSpec
 from protos.model import ModelProfile
 from protos.plan import ClusterView, DataProfile, Plan
 from protos.work import StepTimes
-from qtable.policy import BAND, Ledger, choose
+from qtable.policy import BAND, Ledger, choose, masked
 from qtable.probing import ABORT_STEPS, REPEAT_DEVIATION, Arm, Belief, abort, belief, worth_switching
 from qtable.table import QTable
 from strategies.base import Inputs
@@ -124,7 +124,8 @@ def review(
             message = f"tries {said(considered, waiting[0])} for {steps} steps"
             return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
     other = _other_of_the_same(considered, standing, arms, left, switch_s)
-    ways = [name for name in arms if spec.strategy in ("auto", strategy_of(name))]
+    far = masked(arms, now)
+    ways = [name for name in arms if spec.strategy in ("auto", strategy_of(name)) and name not in far]
     for name in sorted(ways, key=lambda name: _expected_s(arms, considered, name)):
         expected_s = _expected_s(arms, considered, name)
         if name == now or (other is not None and other.seconds <= expected_s):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from coordinator.control.state import NodeStatus
@@ -107,8 +107,22 @@ def plan(made: Plan, found: Identification | None, layers: int, names: Mapping[s
     """At most so many layers: a model of thousands must still fit into one message. `names`: node id -> name."""
     used = {node_id for each in made.candidates for node_id in each.nodes}
     used |= {subtask.node_id for subtask in made.subtasks}
-    content: dict[str, Any] = {"plan": documents.plain(made)}
-    content["names"] = {node_id: names[node_id] for node_id in sorted(used) if node_id in names}
+    return {"plan": documents.plain(made), **_planned_from(used, found, layers, names)}
+
+
+def unplanned(
+    candidates: Sequence[Mapping[str, Any]], found: Identification | None, layers: int, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Of a job without a plan: each strategy as it was considered, as coordinator/unplaced.py keeps it."""
+    used = {node_id for each in candidates for node_id in each["nodes"]}
+    return {"plan": None, "candidates": list(candidates), **_planned_from(used, found, layers, names)}
+
+
+def _planned_from(
+    nodes: Collection[str], found: Identification | None, layers: int, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """The names of these nodes, the model and the data."""
+    content: dict[str, Any] = {"names": {node_id: names[node_id] for node_id in sorted(nodes) if node_id in names}}
     if found is not None:
         content["model"] = model(found, layers)
         content["data"] = documents.plain(found.data)

@@ -2,7 +2,7 @@
 
 Exploring never wastes a user's job. Where the job is long and the first two or three are within their uncertainty, a
 few real steps of each are tried first (qtable/probing.py). Otherwise epsilon acts only inside a band around the best,
-on actions that are not masked, and only while the ledger of what exploring has cost stays under a hundredth of all
+and only while the ledger of what exploring has cost stays under a hundredth of all
 job time. Pure: the generator is passed in.
 """
 
@@ -19,7 +19,7 @@ from qtable.state import ACTIONS
 EPSILON = 0.1
 BAND = 0.10
 LEDGER_SHARE = 0.01
-FAR = 3.0  # an action predicted to take more than this many times the best is never explored
+FAR = 3.0  # an action predicted to take more than this many times the best is masked: never explored, nor chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`utility` per feasible action is Rhat + residual; `propensity` the probability with which `action` was taken.
+    """`utility` per action that is not masked is Rhat + residual; `propensity` the probability with which `action`
+    was taken.
 
     `trials`: actions to be tried in this order for `trial_steps` steps each, the first is `action`; empty when none.
     `expected_loss_s`: E[max(0, T_action - min of the others)]. `charge_s`: for the ledger, 0 unless `explored`.
@@ -58,6 +59,16 @@ class Choice:
     charge_s: float = 0.0
 
 
+def masked(arms: Mapping[str, Arm], kept: str = "") -> frozenset[str]:
+    """Whatever is predicted to take more than FAR times the best, whatever its residual: residuals are of a whole cell
+    of jobs and not trusted that far. What was measured in this very combination is no prediction. `kept`: what runs, or
+    is asked for by name."""
+    best_s = min((arm.seconds for arm in arms.values()), default=0.0)
+    return frozenset(
+        name for name, arm in arms.items() if arm.seconds > FAR * best_s and not arm.measured and name != kept
+    )
+
+
 def choose(
     arms: Mapping[str, Arm],
     residuals: Mapping[str, float],
@@ -71,7 +82,7 @@ def choose(
     epsilon: float = EPSILON,
 ) -> Choice:
     """`arms`: the feasible actions as predicted; the others are masked by not being there. An action may have more
-    ways, by names that are no actions.
+    ways, by names that are no actions; `masked` ones are not taken.
 
     Greedy on U(a) = ln(T_best / T(a)) + residual(a). `switch_s`: what changing a running job from one action to another
     costs. `running`: the action it runs now; then the times are those of what is left of the job, it is left only
@@ -81,6 +92,7 @@ def choose(
     if not feasible or any(not (0 < arms[action].seconds < math.inf) for action in feasible):
         raise ValueError(f"a choice needs at least one action with a positive, finite prediction: {dict(arms)}")
     best_s = min(arms[action].seconds for action in feasible)
+    feasible = [action for action in feasible if action not in masked(arms, running)]
     beliefs = {action: belief(arms[action], residuals.get(action, 0.0)) for action in feasible}
     utility = {action: math.log(best_s / beliefs[action].median_s) for action in feasible}
     ranked = sorted(feasible, key=lambda action: (-utility[action], -feasible.index(action)))  # a tie: single_node
@@ -90,8 +102,7 @@ def choose(
         if not worth_switching(gain_s, switch_s):
             why = f"{greedy} would save {gain_s:.3g} s, less than twice what changing to it costs"
             greedy, ranked = running, [running, *(action for action in ranked if action != running)]
-    refused = {action for action in feasible if arms[action].seconds > FAR * best_s} - {greedy}
-    found = trials(arms, beliefs, ranked, switch_s, refused, running) if probes else Trials()
+    found = trials(arms, beliefs, ranked, switch_s, running) if probes else Trials()
     if found.actions:
         action, loss_s = found.actions[0], expected_loss_s(found.actions[0], beliefs)
         return Choice(action, _tried(found), 1.0, False, loss_s, utility, found.actions, found.steps)
@@ -99,7 +110,7 @@ def choose(
     for action in feasible if not running else ():
         in_band = utility[action] >= utility[greedy] - math.log1p(band)
         affordable = ledger.affords(_charge_s(beliefs, greedy, action))
-        if action != greedy and in_band and action not in refused and affordable:
+        if action != greedy and in_band and affordable:
             near.append(action)
     share = epsilon / len(near)
     kept = 1.0 - share * (len(near) - 1)

@@ -94,15 +94,13 @@ def trials(
     beliefs: Mapping[str, Belief],
     ranked: Sequence[str],
     switch_s: float,
-    masked: Collection[str] = (),
     running: str = "",
 ) -> Trials:
     """The tries worth most among the first two or three of `ranked`, the best of which comes first, if any is worth
     more than it costs. `running`: where the job is now, "" before it has started."""
     best = Trials()
-    allowed = [name for name in ranked if name == ranked[0] or name not in masked]
     for count in range(2, MOST_TRIALS + 1):
-        group = allowed[:count]
+        group = ranked[:count]
         unknown = [name for name in group if not arms[name].measured]
         if len(group) < count or unknown in ([], [ranked[0]]):
             continue

@@ -50,7 +50,7 @@ def explain(job: str, as_json: bool) -> None:
         if ranks := document.get("ranks"):
             click.echo(plan_view.ranks(ranks))
     else:
-        click.echo("no plan was made yet")
+        click.echo(plan_view.unplanned(document))
 
 
 def _control(action: str, summary: str) -> click.Command:

@@ -49,6 +49,17 @@ def plan(
     return "\n".join(lines)
 
 
+def unplanned(document: Mapping[str, Any]) -> str:
+    """Of a job without a plan, the answer to `explain`: where it stands, and what stands against each strategy."""
+    job = safe(document.get("job") or {})
+    lines = [f"no plan   {job.get('message') or job.get('state')}"]
+    lines += [f"hint      {job['hint']}"] if job.get("hint") else []
+    if document.get("candidates"):
+        row = {"candidates": document["candidates"]}
+        lines += ["", _candidates(safe(named(row, document.get("names") or {})))]
+    return "\n".join(lines)
+
+
 def _candidates(row: Mapping[str, Any]) -> str:
     """What was considered, the chosen one marked."""
     cells, chosen = [], row.get("strategy")

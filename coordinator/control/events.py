@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from protos.errors import Blame
 from protos.ids import Fence, JobId, NodeId
-from protos.plan import Plan
+from protos.plan import Candidate, Plan
 from protos.states import Activity, AttemptState, Reason, StopMode
 from protos.work import HeldLease, Outcome
 
@@ -198,12 +198,13 @@ Effect = Identify | StopIdentifying | Offer | Stop | CloseRendezvous | Finish
 
 @dataclass(frozen=True, slots=True)
 class Unplaced:
-    """Why a job cannot be placed. `permanent`: no change of who is busy would help."""
+    """Why a job cannot be placed. `permanent`: no change of who is busy would help. `candidates`: if considered."""
 
     message: str
     hint: str
     permanent: bool
     reason: Reason
+    candidates: tuple[Candidate, ...] = ()
 
 
 PlanFor = Callable[[JobId, tuple[NodeId, ...], tuple[NodeId, ...], tuple[NodeId, ...], str | None], Plan | Unplaced]

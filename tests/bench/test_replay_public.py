@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.replay_public import SETTINGS, left_out, main, predicted, replay, seconds_of, traces
-from bench.report import Figure
 from bench.replay_traces import Fit, Row, applications, error, fitted
+from bench.report import Figure
 
 
 def rows(found: Fit, placements: list[tuple[int, int]]) -> list[Row]:

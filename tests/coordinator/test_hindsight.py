@@ -24,6 +24,13 @@ def decision(plan_id: str, **seconds: float) -> Told:
         "loss_if_wrong_s": 3.0,
         "trials": ["data_parallel", "single_node"] if plan_id == "p-1" else [],
         "trial_steps": 30 if plan_id == "p-1" else 0,
+        "propensity": 0.05,
+        "forced": False,
+        "explored": True,
+        "expected_loss_s": 0.4,
+        "state": [1, 0, 2, 3],
+        "features": {"parameters": 7},
+        "cost_model_version": 9,
     }
     return Told("decision", 0.0, payload)
 
@@ -125,6 +132,14 @@ def test_every_decision_is_told_with_what_it_was_made_from() -> None:
     assert text.index("DECISION 1: data_parallel") < text.index("why p-1") < text.index("DECISION 2: single_node")
     assert "data_parallel, then single_node: 30 steps each" in text and "are lost on average" in text
     assert "not built yet" in text
+
+
+def test_a_decision_says_how_it_was_drawn_what_that_may_cost_and_which_cell_it_is_of() -> None:
+    (told,) = hindsight(EVENTS[:1])["decisions"]
+    assert (told["propensity"], told["forced"], told["explored"], told["explored_loss_s"]) == (0.05, False, True, 0.4)
+    assert (told["state"], told["features"], told["cost_model_version"]) == ([1, 0, 2, 3], {"parameters": 7}, 9)
+    older = Told("decision", 0.0, {"plan_id": "p-0"})
+    assert hindsight([older])["decisions"][0]["propensity"] is None
 
 
 def test_one_decision_without_trials_is_the_plan_that_is_shown_anyway() -> None:

@@ -37,7 +37,7 @@ from coordinator.token_book import TokenBook
 from protos import documents, limits
 from protos.artifact import FileEntry, Manifest
 from protos.capacity import FamilyRate, Rate
-from protos.errors import AccessError, Conflict, ErrorCode, HiveError, NotFound, SpecError
+from protos.errors import AccessError, Conflict, NotFound, SpecError
 from protos.gen import jobs_pb2
 from protos.ids import Digest, Fence, JobId, NodeId
 from protos.model import Complexity, Family, LayerProfile, ModelProfile, Requirements
@@ -417,10 +417,6 @@ def test_what_is_not_there_is_said_with_what_to_type(tmp_path: Path) -> None:
         await house.made.connect("a", "b")
         with pytest.raises(Conflict, match="unknown action"):
             await house.service.ControlNode(jobs_pb2.NodeControlRequest(node_id="a", action="explode"), ROOT)
-        submitted = await house.submit()
-        with pytest.raises(HiveError, match="no plan yet") as early:
-            await house.service.Explain(jobs_pb2.JobRequest(job_id=submitted["id"]), ADA)
-        assert early.value.code is ErrorCode.CONFLICT
         with pytest.raises(SpecError, match="no role"):
             await house.service.CreateToken(jobs_pb2.TokenRequest(role="god", lifetime_s=60), ROOT)
 

@@ -164,10 +164,17 @@ def test_more_nodes_than_there_are_wait_and_more_memory_than_any_has_is_refused(
     many = made.submit(job(tmp_path, nodes={"min": 3}))
     assert "needs 3 nodes, 2 take work" in made.wait_state(many, "QUEUED")["message"]
     until(lambda: "needs 3 nodes" in made.show(many)["message"], "it says why")
+    assert "CANDIDATE" in made.hive("explain", many).stdout
     made.hive("cancel", many)
     path = job(tmp_path, nodes={"require": {"memory_bytes": 2**50}})
     refused(made.hive("plan", str(path), check=False), 7, "no plan fits the cluster", "memory_bytes")
     refused(made.hive("submit", str(path), "--wait", check=False), 7, "no plan fits the cluster")
+    (last,) = [each["id"] for each in made.ask("ps", "--all", "--limit", "1")["jobs"]]
+    explained = made.ask("explain", last)
+    assert explained["plan"] is None and len(explained["candidates"]) == 5
+    assert all(each["reasons"] and not each["feasible"] for each in explained["candidates"])
+    said = made.hive("explain", last).stdout
+    assert "no plan fits the cluster" in said and "CANDIDATE" in said
 
 
 # ---- the job file, the model and the data

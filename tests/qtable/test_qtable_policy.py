@@ -77,6 +77,26 @@ def test_an_action_predicted_over_three_times_the_best_is_not_tried_even_if_corr
     assert {pick(predictions, residuals, seed).action for seed in range(200)} == {"single_node"}
 
 
+def test_no_residual_makes_an_action_the_choice_that_is_predicted_over_three_times_the_best() -> None:
+    predictions = {"data_parallel": 31.0, "single_node": 10.0}
+    choice = pick(predictions, {"data_parallel": 2.0})
+    assert (choice.action, choice.propensity, choice.expected_loss_s) == ("single_node", 1.0, 0.0)
+    assert set(choice.utility) == {"single_node"}
+    assert pick(predictions | {"data_parallel": 29.0}, {"data_parallel": 2.0}).action == "data_parallel"
+    long = {"data_parallel": 31_000.0, "single_node": 10_000.0}
+    choice = decide(long_job(long), {"data_parallel": 1.1})
+    assert (choice.action, choice.trials) == ("single_node", ())
+
+
+def test_what_was_measured_or_runs_is_not_masked_however_long_it_takes() -> None:
+    """A measured step is no prediction: here what it competes with turns out to be three times as long."""
+    seconds = {"data_parallel": 31.0, "single_node": 10.0}
+    slow = {"single_node": -2.0}
+    assert decide(long_job(seconds, data_parallel=True), slow).action == "data_parallel"
+    assert decide(long_job(seconds), slow).action == "single_node"
+    assert decide(long_job(seconds), slow, running="data_parallel").action == "data_parallel"
+
+
 def test_an_empty_ledger_affords_no_exploration() -> None:
     predictions = {"data_parallel": 10.5, "single_node": 10.0}
     assert {pick(predictions, seed=seed, ledger=Ledger()).action for seed in range(200)} == {"single_node"}
