@@ -59,13 +59,16 @@ def last_of(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Needs of a training run. `source` is "layers" (exact arithmetic) or "table" (MISSION.md K4)."""
+    """Needs of a training run, and where each number is from: "layers" (arithmetic over all layers), "table" (of sizes,
+    MISSION.md K4) or "unknown"."""
 
     cores: float
     memory_bytes: int
     gpu_memory_bytes: int
     hours: float
-    source: str
+    source: str  # of both memories
+    cores_source: str = "table"
+    hours_source: str = "table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +152,8 @@ _BATCH = 32
 
 
 def layer_requirements(parameters: int, family: Family, layers: tuple[LayerProfile, ...]) -> Requirements:
-    """Training with Adam in batches of 32, from FLOPs and activations of every layer. The hours stay the table's: how
-    many samples there will be is not the model's to say."""
+    """Training with Adam in batches of 32, from parameters and activations of every layer. Cores and hours stay the
+    table's: how many samples there will be is not the model's to say."""
     table = base_requirements(parameters, family)
     activations = sum(layer.activation_bytes_per_sample for layer in layers)
     largest = max((layer.output_bytes_per_sample for layer in layers), default=0.0)

@@ -60,7 +60,7 @@ _STACK_BEFORE_S = 2.0  # the node ends what takes longer than its deadline
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _ATTENTION = ("attention", "attn", "transformer")
 _RECURRENT = ("mamba", "rwkv", "xlstm")  # state spaces and their like: one state is carried along the sequence
-_GRAPH = ("gcn", "gatconv", "sageconv", "messagepassing", "graphconv")
+_GRAPH = ("gcn", "gatconv", "gatv2conv", "sageconv", "ginconv", "messagepassing", "graphconv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +262,7 @@ def requirements_of(profile: ModelProfile, spec: JobSpec, data: DataProfile) -> 
     need = memory.worker_bytes(profile, spec.train.optimizer, spec.train.batch_size, 1)
     samples = cost.assumed_steps(profile, spec.train, data) * spec.train.batch_size
     hours = samples * cost.TRAINING_FACTOR * profile.flops_per_sample / (table.cores * _FLOPS_PER_CORE) / 3600
-    return Requirements(table.cores, need, need - memory.RESERVE_BYTES, hours, "layers")
+    return Requirements(table.cores, need, need - memory.RESERVE_BYTES, hours, "layers", hours_source="layers")
 
 
 def condensed(found: tuple[LayerProfile, ...], limit: int) -> tuple[LayerProfile, ...]:

@@ -66,16 +66,19 @@ def _work(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _needs(need: Mapping[str, Any]) -> str:
+    """The numbers, those from one source together."""
     if not need.get("memory_bytes"):
         return ""
-    said = [
-        f"{need['cores']:g} cores",
-        f"{human_bytes(need['memory_bytes'])} memory",
-        f"{human_bytes(need.get('gpu_memory_bytes'))} on a GPU",
-        f"{need.get('hours', 0.0):g} h",
+    numbers = [
+        (f"{need['cores']:g} cores", "cores_source"),
+        (f"{human_bytes(need['memory_bytes'])} memory", "source"),
+        (f"{human_bytes(need.get('gpu_memory_bytes'))} on a GPU", "source"),
+        (f"{need.get('hours', 0.0):g} h", "hours_source"),
     ]
-    where = _WHERE_FROM.get(str(need.get("source")), "")
-    return ", ".join(said) + (f" ({where})" if where else "")
+    said: dict[str, list[str]] = {}
+    for number, source in numbers:
+        said.setdefault(_WHERE_FROM.get(str(need.get(source)), ""), []).append(number)
+    return "; ".join(", ".join(those) + (f" ({where})" if where else "") for where, those in said.items())
 
 
 def _trainable(row: Mapping[str, Any]) -> str:

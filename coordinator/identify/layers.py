@@ -20,7 +20,10 @@ from protos.model import (
 )
 from protos.printable import printable
 
-_GRAPH_KINDS = ("GCNConv", "SAGEConv", "GATConv", "GATv2Conv", "GINConv", "MessagePassing", "GraphConv", "RGCNConv")
+_GRAPH_KINDS = (
+    "GCNConv", "SAGEConv", "GATConv", "GATv2Conv", "GINConv", "MessagePassing", "GraphConv", "RGCNConv",
+    "GraphConvolution", "GCNLayer",
+)  # fmt: skip
 _ATTENTION_WORDS = ("attention", "attn", "transformer", "encoderlayer", "decoderlayer")
 
 

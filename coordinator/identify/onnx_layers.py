@@ -86,6 +86,7 @@ class LayerFinder:
     _by_prefix: dict[str, Layer] = field(default_factory=dict)
     _scores: set[str] = field(default_factory=set)  # what a softmax takes
     _reshaped: set[str] = field(default_factory=set)
+    _scaled_again: set[str] = field(default_factory=set)
 
     def walk(self, graph: Graph, main: bool = True) -> None:
         for name, tensor in graph.tensors.items():
@@ -93,6 +94,7 @@ class LayerFinder:
         if main:
             self.constant |= graph.tensors.keys()
         self._reshaped |= {name for node in graph.nodes if node.kind == "Reshape" for name in node.outputs}
+        self._scaled_again |= _scaled_again(graph)
         self._scores |= {node.inputs[0] for node in graph.nodes if node.kind == "Softmax" and node.inputs}
         for place, node in enumerate(graph.nodes):
             self.nodes += 1
@@ -158,6 +160,8 @@ class LayerFinder:
                 quantised = source is not None and source.quantised
                 if _is_weight(node, at, tensor, quantised, is_bias) and not self._is_mask(node, tensor):
                     weights.append(tensor)
+        if node.outputs and node.outputs[0] in self._scaled_again:
+            weights = [tensor for tensor in weights if not _is_vector(tensor)]
         if node.kind == "InstanceNormalization" and node.inputs and node.inputs[0] in self._reshaped:
             weights = []  # a group normalisation, written with neutral ones
         known = all(id(tensor) in self.counted for tensor in weights)
@@ -249,6 +253,8 @@ def _is_weight(node: Node, at: int, tensor: OnnxTensor, quantised: bool, is_bias
     places = _WEIGHTS.get(node.kind)
     if places is not None and at not in places:
         return False
+    if node.kind == "Gemm" and at == 2 and node.attributes.get("beta") == 0:
+        return False  # it is multiplied with nothing: a product that an exporter had no other operator for
     if tensor.dtype not in _FLOATS:
         integers = tensor.dtype in ("I8", "U8", "I4", "U4", "I2", "U2", "I32", "I16", "U16")
         return integers and (quantised or (node.kind in _QUANTISED_AT and places is not None))
@@ -258,9 +264,35 @@ def _is_weight(node: Node, at: int, tensor: OnnxTensor, quantised: bool, is_bias
         return False
     if node.kind == "Concat":
         return len(tensor.shape) == 3 and tensor.elements > tensor.shape[0]
-    if node.kind == "Mul" and sum(size > 1 for size in tensor.shape) > 1:
+    if node.kind == "Mul" and not _is_vector(tensor):
         return False  # a table, of rotations for instance: scales are vectors
     return tensor.elements > 1 or is_bias or node.kind in _PRODUCTS
+
+
+def _is_vector(tensor: OnnxTensor) -> bool:
+    return sum(size > 1 for size in tensor.shape) <= 1
+
+
+def _scaled_again(graph: Graph) -> set[str]:
+    """What a scale and a shift right behind a batch norm make, which has both itself: in models that come from Caffe
+    one of the two pairs is neutral."""
+    constant = set(graph.tensors)
+    for node in graph.nodes:
+        if node.kind in _THROUGH | {"ConstantOfShape", "Constant"} and all(name in constant for name in node.inputs):
+            constant.update(node.outputs)
+    normed = {name for node in graph.nodes if node.kind == "BatchNormalization" for name in node.outputs[:1]}
+    scaled = _made_with(graph, "Mul", normed, constant)
+    return {name for pair in _made_with(graph, "Add", set(scaled), constant).items() for name in pair}
+
+
+def _made_with(graph: Graph, kind: str, values: set[str], constant: set[str]) -> dict[str, str]:
+    """What operators of a kind make of one of `values` and something constant, and of which."""
+    found = {}
+    for node in graph.nodes:
+        of = [name for name in node.inputs if name in values]
+        if node.kind == kind and node.outputs and of and len(node.inputs) == 2 and constant & set(node.inputs):
+            found[node.outputs[0]] = of[0]
+    return found
 
 
 def _kind(node: Node, weights: list[OnnxTensor], shape: Shape, prefix: str) -> str:

@@ -39,6 +39,12 @@ _INTEGERS = ("I", "U")
 _PACKED = re.compile(r"(^|[._])(q?weight|blocks|packed)$")  # of a tensor of integers
 _SCALE = re.compile(r"(^|[._])weight_scale(_inv)?$")  # beside weights of 8 bits
 
+# how the layers of PyTorch Geometric and DGL name what they hold
+_GRAPH_LAYER = re.compile(r"(^|[._])(gnn|gcn|gat|rgcn|graphsage|(gcn|gat|gatv2|rgcn|gin|sage|graph)conv)s?\d*([._]|$)")
+_GRAPH_ATTENTION = ({"att_src", "att_dst"}, {"attn_l", "attn_r"})
+_GRAPH_SIBLINGS = {"lin_l": "lin_r", "lin_rel": "lin_root", "fc_neigh": "fc_self"}
+_CONVOLVES = re.compile(r"(^|[._])convs?[_.]?\d*$")
+
 
 def unusable(message: str, hint: str = "") -> SpecError:
     return SpecError(message, hint or WHAT_HIVE_TRAINS, code=ErrorCode.MODEL_UNUSABLE)
@@ -210,9 +216,11 @@ def kind_of(prefix: str, tensors: Mapping[str, tuple[int, ...]]) -> str:
             return "Module"
 
 
-def family_of(groups: Iterable[str], kinds: Mapping[str, str]) -> tuple[Family, float]:
+def family_of(groups: Mapping[str, _Group], kinds: Mapping[str, str]) -> tuple[Family, float]:
     """Family and how sure it is, from names and kinds of layers alone."""
     names = " ".join(groups).lower()
+    if any(_of_a_graph(prefix, group, groups) for prefix, group in groups.items()):
+        return Family.GNN, 0.6
     present = set(kinds.values())
     linear = sum(kind == "Linear" for kind in kinds.values())
     if "MultiheadAttention" in present or "attn" in names or "attention" in names:
@@ -230,6 +238,20 @@ def family_of(groups: Iterable[str], kinds: Mapping[str, str]) -> tuple[Family, 
     if linear:
         return Family.MLP, 0.7
     return Family.UNKNOWN, 0.3
+
+
+def _of_a_graph(prefix: str, group: _Group, groups: Mapping[str, _Group]) -> bool:
+    """Whether a layer is one of those that pass messages along the edges of a graph. A convolution with a weight of two
+    dimensions is: those over images and texts have three at least."""
+    parent, _, last = prefix.rpartition(".")
+    beside = _GRAPH_SIBLINGS.get(last)
+    if any(pair <= group.tensors.keys() for pair in _GRAPH_ATTENTION) or _GRAPH_LAYER.search(prefix.lower()):
+        return True
+    if beside is not None and f"{parent}.{beside}".lstrip(".") in groups:
+        return True
+    within = last == "lin" and parent in groups and groups[parent].tensors.keys() == {"bias"}
+    convolves = _CONVOLVES.search(parent if within else prefix) is not None
+    return convolves and len(group.tensors.get("weight", ())) == 2 and group.tensors.keys() <= {"weight", "bias"}
 
 
 def foreign(
@@ -254,7 +276,7 @@ def foreign(
         input_shape=None,
         complexity=complexity_of(0),
         layers=(LayerProfile("model", architecture, 0, 0.0, 0.0, 0.0),) if architecture else (),
-        requirements=Requirements(0.0, 0, 0, 0.0, "unknown"),
+        requirements=Requirements(0.0, 0, 0, 0.0, "unknown", cores_source="unknown", hours_source="unknown"),
         confidence=0.5,
         unknown=("parameters", "layers", "family", "task", "input_shape", "requirements"),
         why_not=why_not,

@@ -34,9 +34,11 @@ def weights(file: Any, datasets: dict[str, tuple[int, ...]], dtype: str = "f4") 
         file[path] = np.zeros(shape, dtype)
 
 
-def h5(config: dict[str, Any] | None, datasets: dict[str, tuple[int, ...]], **training: Any) -> bytes:
+def h5(
+    config: dict[str, Any] | None, datasets: dict[str, tuple[int, ...]], libver: Any = None, **training: Any
+) -> bytes:
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
+    with h5py.File(buffer, "w", libver=libver) as file:
         if config is not None:
             file.attrs["model_config"] = json.dumps(config).encode()
         if training:

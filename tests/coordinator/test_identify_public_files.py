@@ -9,7 +9,7 @@ import pytest
 import torch
 from public_models import public_file
 
-from coordinator.identify.confine import identify_file
+from coordinator.identify.confine import identify_path
 from protos.model import Family, ModelProfile
 from tests.strategies.minilm import PARAMETERS, minilm_folder
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def identify(path: Path) -> ModelProfile:
-    return asyncio.run(identify_file(path))
+    return asyncio.run(identify_path(path))
 
 
 def test_a_checkpoint_with_the_state_of_its_optimizer() -> None:
@@ -48,6 +48,7 @@ def test_estimators_of_joblib() -> None:
     package = "alt_profanity_check==1.9.1"
     words = identify(public_file(package, "profanity_check/data/vectorizer.joblib", 324_016))
     assert (words.format, words.parameters, words.task) == ("joblib", 15_442, "transform")
+    assert words.family is Family.UNKNOWN and "family" in words.unknown  # it counts words: none of the families does
     model = identify(public_file(package, "profanity_check/data/model.joblib", 620_645))
     assert (model.family, model.task, model.input_shape) == (Family.LINEAR, "classification", (15_442,))
     assert model.parameters == 5 * (15_442 + 1 + 2)  # five calibrated copies: coefficients, intercept, slope and offset
@@ -55,5 +56,11 @@ def test_estimators_of_joblib() -> None:
 
 
 def test_a_transformer_of_safetensors() -> None:
-    profile = identify(minilm_folder() / "model.safetensors")
+    """Its file alone, and its whole directory."""
+    folder = minilm_folder()
+    profile = identify(folder / "model.safetensors")
     assert (profile.format, profile.parameters, profile.family) == ("safetensors", PARAMETERS, Family.TRANSFORMER)
+    whole = identify(folder)
+    assert (whole.framework, whole.format, whole.trainable) == ("pytorch", "hugging_face", True)
+    assert (whole.parameters, whole.family, whole.layers) == (PARAMETERS, Family.TRANSFORMER, profile.layers)
+    assert not {"parameters", "family"} & set(whole.unknown)

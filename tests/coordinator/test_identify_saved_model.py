@@ -14,7 +14,7 @@ from public_models import public_files
 from wire import Content, cut_everywhere, field, message, outcome, varint
 
 from coordinator.identify import saved_model
-from coordinator.identify.confine import identify_folder
+from coordinator.identify.confine import identify_folder, identify_path
 from coordinator.identify.tensor_bundle import crc32c, masked, read_index
 from protos.errors import SpecError
 from protos.model import Family, ModelProfile
@@ -270,10 +270,13 @@ def test_damaged_files_give_a_profile_or_the_typed_error(kind: str, data: st.Dat
 @pytest.mark.slow
 def test_a_public_classifier_of_languages() -> None:
     inside = "guesslang/data/model/"
-    sizes = {f"{inside}saved_model.pb": 169_952, f"{inside}variables/variables.index": 541}
-    folder = public_files("guesslang==2.2.1", sizes) / inside
-    graph, variables = (folder / name for name in ("saved_model.pb", "variables/variables.index"))
-    with graph.open("rb") as opened, variables.open("rb") as listed:
-        profile = saved_model.identify(opened, 169_952, listed, 541)
+    sizes = {
+        "saved_model.pb": 169_952,
+        "variables/variables.index": 541,
+        "variables/variables.data-00000-of-00001": 2_698_424,
+    }
+    folder = public_files("guesslang==2.2.1", {inside + name: size for name, size in sizes.items()}) / inside
+    profile = asyncio.run(identify_path(folder))
+    assert (profile.framework, profile.format, profile.bytes) == ("tensorflow", "saved_model", sum(sizes.values()))
     assert (profile.parameters, profile.task, profile.family) == (674_604, "classification", Family.MLP)
-    assert "parameters" not in profile.unknown
+    assert not {"parameters", "family"} & set(profile.unknown)

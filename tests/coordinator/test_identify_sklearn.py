@@ -14,6 +14,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from lz4_writer import lz4
 
 from coordinator.identify import joblib_stream, lz4_frame, parse
 from protos.errors import SpecError
@@ -186,39 +187,15 @@ def test_joblibs_compressions_are_unpacked_on_the_way(compression: str) -> None:
             assert error.hint
 
 
-def lz4(data: bytes, block_bytes: int = 65536) -> bytes:
-    """A frame of literals: every other block packed, with its last bytes as a copy of what came before if they are."""
-    frame = bytearray(lz4_frame.MAGIC + b"\x60\x40\x00")
-    for number, start in enumerate(range(0, len(data), block_bytes)):
-        block = data[start : start + block_bytes]
-        if number % 2:
-            frame += struct.pack("<I", len(block) | 1 << 31) + block
-            continue
-        packed = bytearray()
-        literals = block
-        run = len(block) - len(block.rstrip(b"\0"))
-        if run > 24:  # zeros: one literal, and a copy of it again and again
-            literals = block[: len(block) - run + 1]
-        packed += bytes([min(len(literals), 15) << 4 | (15 if run > 24 else 0)]) + extra(len(literals)) + literals
-        if run > 24:
-            packed += b"\1\0" + extra(run - 1 - 5 - 4) + b"\x50" + bytes(5)
-        frame += struct.pack("<I", len(packed)) + packed
-    return bytes(frame + bytes(4))
-
-
-def extra(length: int) -> bytes:
-    if length < 15:
-        return b""
-    return b"\xff" * ((length - 15) // 255) + bytes([(length - 15) % 255])
-
-
-def test_lz4_frames_are_unpacked_without_a_library() -> None:
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_lz4_frames_are_unpacked_without_a_library(linked: bool, checked: bool) -> None:
     data = joblib_bytes({"model": FOREST, "zeros": np.zeros(50_000)})
-    frame = lz4(data)
+    frame = lz4(data, linked=linked, checked=checked)
     assert len(frame) < len(data) - 150_000
     assert b"".join(lz4_frame.blocks(io.BytesIO(frame))) == data
     assert identify(frame).parameters == numbers(FOREST)
-    for length in range(1, len(frame), len(frame) // 20):
+    for length in range(1, len(frame) - 4, len(frame) // 20):
         with pytest.raises((EOFError, ValueError, IndexError)):
             list(lz4_frame.blocks(io.BytesIO(frame[:length])))
     assert identify(lz4(b"no pickle" * 100)).format == "lz4"

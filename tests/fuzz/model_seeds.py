@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import h5py
 import joblib
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ import test_identify_gguf as gguf
 import test_identify_keras as keras
 import test_identify_onnx as onnx
 import test_identify_saved_model as saved_model
+from lz4_writer import lz4
 
 Entries = Mapping[str, bytes]
 
@@ -63,6 +65,19 @@ def _entries(content: bytes) -> Entries:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def _crowded_h5() -> bytes:
+    """More links and attributes than the headers of a file of the newest kind hold: they lie in heaps and trees."""
+
+    def write(_: None, buffer: io.BytesIO) -> None:
+        with h5py.File(buffer, "w", libver="latest", track_order=True) as file:
+            for number in range(12):
+                file.attrs[f"attribute{number}"] = np.bytes_("text" * 200)
+                file[f"model_weights/layer_{number}"] = np.zeros((3, 2), "f4")
+            file.create_dataset("packed", data=np.zeros((4, 5)), compression="gzip")
+
+    return _saved(write, None)
+
+
 def _estimator() -> LogisticRegression:
     return LogisticRegression().fit(np.array([[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]]), np.array([0, 1, 1]))
 
@@ -73,6 +88,7 @@ def files() -> dict[str, list[bytes]]:
     values = (_STATE, checkpoint, nn.Linear(2, 2))
     arrays = (np.zeros((3, 2)), np.zeros(0))
     ways = (("zlib", 3), ("gzip", 3), ("bz2", 3), ("lzma", 3), ("xz", 3))
+    plain = _saved(joblib.dump, estimator)
     return {
         "zip": [_saved(torch.save, value) for value in values],
         "pytorch_legacy": [_saved(torch.save, value, _use_new_zipfile_serialization=False) for value in values],
@@ -80,13 +96,21 @@ def files() -> dict[str, list[bytes]]:
         "gguf": [gguf.Writer().write(gguf.METADATA, gguf.TENSORS)],
         "npy": [_saved(lambda array, file: np.save(file, array), array) for array in arrays],
         "onnx": [onnx.model(onnx.CONVOLUTIONAL), onnx.model(onnx.attention())],
-        "hdf5": [keras.h5(_KERAS, _H5, loss="mse"), keras.h5(None, _H5)],
-        "joblib": [_saved(joblib.dump, estimator, compress=way) for way in ways],
+        "hdf5": [
+            *(keras.h5(_KERAS, _H5, libver=version, loss="mse") for version in (None, "latest")),
+            keras.h5(None, _H5),
+            _crowded_h5(),
+        ],
+        "joblib": [
+            *(_saved(joblib.dump, estimator, compress=way) for way in ways),
+            lz4(plain),
+            lz4(plain, 256, linked=True, checked=True),
+        ],
         "first_bytes": [b"\x20\0\0\0TFL3" + bytes(40), b"7z\xbc\xaf\x27\x1c" + bytes(40)],
         "pickle": [
             *(pickle.dumps({"a": [1, 2, {"b": (3, None)}]}, protocol=protocol) for protocol in range(6)),
             *(pickle.dumps(estimator, protocol=protocol) for protocol in (2, 4, 5)),
-            _saved(joblib.dump, estimator),
+            plain,
         ],
         "text": [b"def build():\n    return (1 + [2][0])\n", _CONFIG],
     }

@@ -6,11 +6,14 @@ A failure prints how to make the input again; it then belongs into the reader's 
 
 from __future__ import annotations
 
+import inspect
 import io
 import random
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import model_seeds
@@ -19,7 +22,22 @@ from fuzz_bytes import damaged
 from model_seeds import Entries
 
 from coordinator.cli import model_view
-from coordinator.identify import archive_readers, folder_readers, parse
+from coordinator.identify import (
+    archive_readers,
+    folder_readers,
+    gguf_file,
+    hdf5_bytes,
+    hdf5_file,
+    hdf5_heaps,
+    hdf5_messages,
+    joblib_stream,
+    lz4_frame,
+    numpy_file,
+    parse,
+    pickle_source,
+    safetensors_header,
+    tensor_bundle,
+)
 from coordinator.identify.archive import open_archive
 from coordinator.identify.folder import Folder, worth_opening
 from protos import documents
@@ -28,6 +46,11 @@ from protos.model import ModelProfile
 
 SHARE = 0.3  # of --fuzz-seconds in the usual, short run: there are many readers
 SHORT_S = 5.0
+DECODERS = (  # of bytes: a damaged seed tests the functions that the seed needs, so the seeds need every one of them
+    gguf_file, hdf5_bytes, hdf5_file, hdf5_heaps, hdf5_messages, joblib_stream, lz4_frame, numpy_file, pickle_source,
+    safetensors_header, tensor_bundle,
+)  # fmt: skip
+NEEDED_BY_NONE = frozenset({"damaged", "_damaged", "refused_link", "_table"})  # refusals, and what an import computes
 FILES, ARCHIVES, FOLDERS = model_seeds.files(), model_seeds.archives(), model_seeds.folders()
 
 
@@ -90,6 +113,26 @@ def test_every_reader_has_seeds_that_it_reads() -> None:
         for reader in readers:
             assert all(read(reader.read, entries).format for entries in kept[reader.name])
     assert [reader.name for reader in parse.READERS] == list(FILES)
+
+
+def test_the_seeds_need_every_function_of_the_decoders() -> None:
+    called: set[tuple[str, str]] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        called.add((frame.f_code.co_filename, frame.f_code.co_qualname))
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        test_every_reader_has_seeds_that_it_reads()
+    finally:
+        sys.setprofile(before)
+    for module in DECODERS:
+        members = [module, *(each for _, each in inspect.getmembers(module, inspect.isclass))]
+        found = {function for owner in members for _, function in inspect.getmembers(owner, inspect.isfunction)}
+        own = {each.__qualname__ for each in found if each.__module__ == module.__name__ and each.__name__[:2] != "__"}
+        missing = own - {name for file, name in called if file == module.__file__} - NEEDED_BY_NONE
+        assert not missing, (module.__name__, missing)
 
 
 @pytest.mark.timeout(300)

@@ -12,10 +12,15 @@ import lzma
 import os
 import pickle
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "coordinator"))
+
+from lz4_writer import lz4
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -112,6 +117,8 @@ CONTAINERS: Mapping[str, Callable[[bytes], bytes]] = {
     "joblib_gzip": gzip.compress,
     "joblib_bz2": bz2.compress,
     "joblib_xz": lzma.compress,
+    "joblib_lzma": lambda payload: lzma.compress(payload, lzma.FORMAT_ALONE),
+    "joblib_lz4": lz4,
     "npy": _array,
     "npz": lambda payload: _zip(x_dot_npy=_array(payload)),
     "skops": lambda payload: _zip(

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus_pickles import payloads
+from corpus_pickles import CONTAINERS, payloads
 from make_corpus import CANARY, make
 
-from coordinator.identify.child import MEMORY_BYTES
 from coordinator.identify.confine import DEADLINE_S
 
 ROOT = Path(__file__).parents[2]
 REFUSED = "model_unusable"
+CHILD_BYTES = 384 * 1024**2  # measured: 321 MiB, as docs/benchmarks.md says, so well below the limit that ends a child
+GROWN_BYTES = 32 * 1024**2  # of the program that asks, measured: 6 MiB
 PROFILES = {  # what is named all the same, by (format, trainable): nothing in it would run, or it is not looked into
     "dir-code": ("hugging_face", False),  # remote code: what is stored is counted, training it is refused
     "dir-code-inside": ("hugging_face", False),
@@ -52,7 +53,7 @@ def test_each_gets_a_typed_refusal_or_a_profile_and_none_is_run(tmp_path: Path) 
     outcomes = {outcome["name"]: outcome for outcome in answer["outcomes"]}
     assert set(outcomes) == {path.name for path in paths}
     assert not (tmp_path / CANARY).exists()
-    assert answer["peak_bytes"] <= MEMORY_BYTES
+    assert answer["child_bytes"] <= CHILD_BYTES and answer["grown_bytes"] <= GROWN_BYTES
     for name, outcome in outcomes.items():
         assert outcome["seconds"] < DEADLINE_S, name
         if "code" in outcome:
@@ -66,7 +67,8 @@ def test_each_gets_a_typed_refusal_or_a_profile_and_none_is_run(tmp_path: Path) 
     payloads_named = [
         name for name in found if name.startswith("pickle-") and "names " in outcomes[name].get("message", "")
     ]
-    for container in ("bare", "torch_zip", "torch_legacy", "torchscript", "pt2", "sklearn", "joblib_zlib", "joblib_xz"):
+    packed = [container for container in CONTAINERS if container.startswith("joblib_")]
+    for container in ("bare", "torch_zip", "torch_legacy", "torchscript", "pt2", "sklearn", *packed):
         assert {f"pickle-{container}-protocol{protocol}" for protocol in range(6)} <= set(payloads_named), container
 
 

@@ -126,6 +126,37 @@ def test_mlp_is_exact(tmp_path: Path) -> None:
     assert found.classes == 4
 
 
+GRAPH_LAYER = """
+class {kind}(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.lin = nn.Linear(inputs, outputs, bias=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.register_buffer("adjacency", torch.eye(6) + torch.roll(torch.eye(6), 1, 0))
+
+    def forward(self, nodes):
+        return self.adjacency @ self.lin(nodes) + self.bias
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = {kind}(5, 16), {kind}(16, 4)
+
+    def forward(self, nodes):
+        return self.conv2(F.relu(self.conv1(nodes))).mean(1)
+
+def build(): return Net()
+"""
+
+
+@pytest.mark.parametrize("kind", ["GCNConv", "GraphConvolution", "SAGEConv", "GATv2Conv"])
+def test_layers_of_graphs_make_a_graph_network(tmp_path: Path, kind: str) -> None:
+    profile = Job(tmp_path, GRAPH_LAYER.format(kind=kind), shape=(6, 5)).identified().profile
+    assert (profile.family, profile.task) == (Family.GNN, "classification") and profile.confidence < 1
+    assert profile.parameters == 5 * 16 + 16 + 16 * 4 + 4
+    assert profile.flops_per_sample == 2 * 6 * (5 * 16 + 16 * 4) + 2 * 6 * 6 * (16 + 4)
+
+
 def test_causal_lm_on_values_is_refused_as_data_when_the_job_is_identified(tmp_path: Path) -> None:
     outcome = Job(tmp_path, "def build(): return nn.Linear(8, 4)", train={"loss": "causal_lm"}).run()
     assert outcome.fault is not None and outcome.fault.reason is Reason.DATA_UNUSABLE
@@ -137,7 +168,7 @@ def test_requirements_are_layer_arithmetic(tmp_path: Path) -> None:
     found = Job(tmp_path, code, train={"optimizer": {"name": "sgd"}}).identified()
     assert found.profile.family is Family.LINEAR
     requirements = found.profile.requirements
-    assert requirements.source == "layers"
+    assert (requirements.source, requirements.hours_source, requirements.cores_source) == ("layers", "layers", "table")
     assert 0 < requirements.hours < 1e-3
     assert requirements.gpu_memory_bytes < requirements.memory_bytes < 1 << 30
 
