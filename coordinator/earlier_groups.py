@@ -13,7 +13,6 @@ from dataclasses import replace
 from coordinator.other_nodes import AS_IT_IS, strategy_of, way_on
 from coordinator.planner import Consideration, arm_of
 from protos.plan import CostEstimate, NodeView, Placement, Plan
-from qtable.probing import Arm
 from strategies.base import Inputs, PlacedEstimate
 from strategies.cost import COST_MODEL_VERSION, assumed_steps
 from strategies.grouping import groups
@@ -56,12 +55,10 @@ def with_earlier(considered: Consideration, plans: Iterable[Plan], running: Plan
     return found
 
 
-def beside_itself(considered: Consideration, running: Plan, arm: Arm) -> Consideration:
-    """The same, and the group that runs as a row of its own: for a change to another one of its strategy."""
-    name = running.strategy + AS_IT_IS
-    cost = replace(running.estimate, step_s=arm.step_s, seconds=arm.seconds)
-    found = _with(considered, name, replace(as_placed(running), cost=cost))
-    return replace(found, arms={**found.arms, name: arm})
+def beside_itself(considered: Consideration, running: Plan, step_s: float) -> Consideration:
+    """The same, and the group that runs as a row of its own, as if it had made the whole job: for a change to another
+    one of its strategy."""
+    return _with(considered, running.strategy + AS_IT_IS, _measured(considered.inputs, running, step_s))
 
 
 def _with(considered: Consideration, way: str, placed: PlacedEstimate) -> Consideration:
@@ -88,16 +85,22 @@ def _combination(cost: CostEstimate) -> str | None:
 
 def _again(considered: Consideration, plan: Plan) -> PlacedEstimate | None:
     """With the step that was measured; None where it says nothing any more, or the group could not form."""
-    inputs, estimate, basis = considered.inputs, plan.estimate, plan.estimate.basis
+    inputs, basis = considered.inputs, plan.estimate.basis
     step_s = inputs.cluster.learned.steps.get(basis.combination) if basis is not None else None
     if basis is None or step_s is None or plan.cost_model_version != COST_MODEL_VERSION:
         return None
     if plan.strategy not in considered.placed or not _can_form(inputs, plan):
         return None
+    return _measured(inputs, plan, step_s)
+
+
+def _measured(inputs: Inputs, plan: Plan, step_s: float) -> PlacedEstimate:
+    """What a plan says, with the step that was measured in the place of the predicted one."""
+    estimate, basis = plan.estimate, plan.estimate.basis
     steps = assumed_steps(inputs.profile, inputs.spec.train, inputs.data)
     seconds = max(0.0, estimate.seconds + steps * (step_s - estimate.step_s))
-    cost = replace(estimate, seconds=seconds, step_s=step_s, basis=replace(basis, remembered=True))
-    return replace(as_placed(plan), cost=cost)
+    known = None if basis is None else replace(basis, remembered=True)
+    return replace(as_placed(plan), cost=replace(estimate, seconds=seconds, step_s=step_s, basis=known))
 
 
 def _can_form(inputs: Inputs, plan: Plan) -> bool:

@@ -163,6 +163,7 @@ class Placement:
             placed = beforehand or self._place(job_id, known, idle, willing, holders, previous)
         except Exception as error:  # one job that the planner cannot take must not hold up all others
             log.exception("the planner failed", job=job_id)
+            self._refused.pop(job_id, None)
             return _broken(f"the planner failed: {type(error).__name__}: {error}", "see the coordinator's log")
         if isinstance(placed, Unplaced):
             self._refused[job_id] = (situation, placed)

@@ -124,17 +124,19 @@ def review(
             message = f"tries {said(considered, waiting[0])} for {steps} steps"
             return Verdict(message, plan_of_way(considered, arms, waiting[0], message, waiting, steps))
     other = _other_of_the_same(considered, standing, arms, left, switch_s)
-    far = masked(arms, now)
-    ways = [name for name in arms if spec.strategy in ("auto", strategy_of(name)) and name not in far]
-    for name in sorted(ways, key=lambda name: _expected_s(arms, considered, name)):
+    asked_for = {name: arm for name, arm in arms.items() if name == now or spec.strategy in ("auto", strategy_of(name))}
+    far = masked(asked_for, now)
+    for name in sorted(
+        (name for name in asked_for if name not in far), key=lambda name: _expected_s(arms, considered, name)
+    ):
         expected_s = _expected_s(arms, considered, name)
         if name == now or (other is not None and other.seconds <= expected_s):
             break
         worth = worth_switching(arms[now].seconds - expected_s, switch_s)
-        if worth and _clearly(standing, considered.placed[name].nodes, expected_s / left, arms[name].measured):
+        if worth and _clearly(considered, standing, name, expected_s / left, arms[name].measured):
             against = _against(expected_s / left, standing.step_s)
             message = f"{said(considered, name)} instead of {_said_of(considered, standing, now)}: {against}"
-            return Verdict(message, plan_of_way(_beside(considered, standing, name, now, arms), arms, name, message))
+            return Verdict(message, plan_of_way(_beside(considered, standing, name, now), arms, name, message))
     return other.verdict if other is not None else stays
 
 
@@ -144,13 +146,11 @@ def _said_of(considered: Consideration, standing: Standing, now: str) -> str:
     return said(considered, now) if len(names) < 2 else f"{now} on {', '.join(names)}"
 
 
-def _beside(
-    considered: Consideration, standing: Standing, way: str, now: str, arms: Mapping[str, Arm]
-) -> Consideration:
+def _beside(considered: Consideration, standing: Standing, way: str, now: str) -> Consideration:
     """With a row of the group that runs where another one of its strategy takes its row; nodes alone have their own."""
     if now != strategy_of(way) or len(standing.own) < 2:
         return considered
-    return beside_itself(considered, standing.plan, arms[now])
+    return beside_itself(considered, standing.plan, standing.step_s)
 
 
 def _next_trials(
@@ -159,8 +159,9 @@ def _next_trials(
     """Those that wait and could still be the quickest, from the first that can; none where too little is left."""
     if left <= 2 * standing.plan.trial_steps:
         return ()
+    far = masked(arms, now)
     for index, action in enumerate(standing.plan.trials[1:], start=1):
-        if action in arms and _may_win(action, arms, considered.residuals, now):
+        if action in arms and action not in far and _may_win(action, arms, considered.residuals, now):
             return tuple(name for name in standing.plan.trials[index:] if name in arms)
     return ()
 
@@ -176,11 +177,11 @@ def _expected_s(arms: Mapping[str, Arm], considered: Consideration, name: str) -
     return belief(arms[name], considered.residuals[name]).median_s
 
 
-def _clearly(standing: Standing, nodes: Collection[NodeId], step_s: float, measured: bool) -> bool:
+def _clearly(considered: Consideration, standing: Standing, way: str, step_s: float, measured: bool) -> bool:
     """Whether steps of `step_s` are shorter by more than two runs of the same, or a prediction, can be off."""
     if not measured:
         return abort(standing.step_s, step_s)
-    if len(standing.own) > 1 and set(nodes) == standing.own:
+    if strategy_of(way) == standing.plan.strategy and set(considered.placed[way].nodes) == standing.own:
         return step_s * (1 + RECUT) < standing.step_s
     return step_s * (1 + (REPEAT_DEVIATION if standing.trying else BAND)) < standing.step_s
 
@@ -239,9 +240,12 @@ def _other_of_the_same(
         return None
     if placed.cost.basis.combination == running.estimate.basis.combination:
         return None
+    comparable = running.cost_model_version == COST_MODEL_VERSION
+    if not comparable and (frozenset(placed.nodes), placed.layout) == (standing.own, running.layout):
+        return None  # other versions have other names for the same
     expected: Belief = belief(considered.arms[running.strategy], considered.residuals[running.strategy])
     step_s = placed.cost.step_s * expected.median_s / considered.arms[running.strategy].seconds
-    if running.cost_model_version == COST_MODEL_VERSION and not placed.cost.basis.remembered:
+    if comparable and not placed.cost.basis.remembered:
         slower = max(1.0, standing.step_s / _explained_s(standing))
         if standing.own <= set(placed.nodes):
             step_s *= slower
@@ -255,7 +259,7 @@ def _other_of_the_same(
     message = f"{_said(names, standing.own, placed.nodes)}: {_against(step_s, standing.step_s)}"
     now, survival = way_of(considered, running), considered.survival[running.strategy]
     arm = Arm(left * step_s / survival, step_s, left, considered.arms[running.strategy].deviation, True)
-    beside = _beside(considered, standing, running.strategy, now, arms)
+    beside = _beside(considered, standing, running.strategy, now)
     as_it_is = {running.strategy + AS_IT_IS: arms[now]} if now == running.strategy else {}
     made = plan_of_way(beside, {**arms, **as_it_is, running.strategy: arm}, running.strategy, message)
     return _Other(arm.seconds, Verdict(message, made))

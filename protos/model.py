@@ -60,15 +60,15 @@ def last_of(name: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Requirements:
     """Needs of a training run, and where each number is from: "layers" (arithmetic over all layers), "table" (of sizes,
-    MISSION.md K4) or "unknown"."""
+    MISSION.md K4), "unknown", or "" where a version before this one did not say."""
 
     cores: float
     memory_bytes: int
     gpu_memory_bytes: int
     hours: float
     source: str  # of both memories
-    cores_source: str = "table"
-    hours_source: str = "table"
+    cores_source: str = ""
+    hours_source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def base_requirements(parameters: int, family: Family) -> Requirements:
         gpu_gib = max(gpu_gib, 8)
     elif family is Family.CNN:
         gpu_gib = max(gpu_gib, 4)
-    return Requirements(float(cores), int(memory * gib), gpu_gib * gib, hours, "table")
+    return Requirements(float(cores), int(memory * gib), gpu_gib * gib, hours, "table", "table", "table")
 
 
 _TRAINED_BYTES = 16  # per parameter: fp32 weights and gradients, and Adam's two moments
@@ -158,4 +158,4 @@ def layer_requirements(parameters: int, family: Family, layers: tuple[LayerProfi
     activations = sum(layer.activation_bytes_per_sample for layer in layers)
     largest = max((layer.output_bytes_per_sample for layer in layers), default=0.0)
     need = int(_TRAINED_BYTES * parameters + _BATCH * (1.25 * activations + 2 * largest))
-    return Requirements(table.cores, need + _WORKER_BYTES, need, table.hours, "layers")
+    return Requirements(table.cores, need + _WORKER_BYTES, need, table.hours, "layers", "table", "table")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from strategies.base import Inputs, PlacedEstimate
 
 TRANSFER = 0.5  # of the logarithm of a factor: a node is off by as much of its own as by the kind of work
+MOST_SURPRISE = 2.0  # of which so much is transferred: beyond what calibrations are off by, it is cheaper to try
 CUT_BINS = 2  # for each doubling of a rank's share
 SEVERAL = 3  # nodes that were off alike, before it is the model's doing
 WORK_OF = {
@@ -120,7 +121,7 @@ def with_running(inputs: Inputs, estimate: CostEstimate, step_s: float, alone_s:
             if work is basis.work or own in learned.models:
                 models[key] = expected * surprise
             elif key not in learned.models:
-                models[key] = expected * surprise**TRANSFER
+                models[key] = expected * min(max(surprise, 1 / MOST_SURPRISE), MOST_SURPRISE) ** TRANSFER
     steps = {**learned.steps, basis.combination: step_s}
     return replace(inputs, cluster=replace(cluster, learned=replace(learned, steps=steps, models=models)))
 

@@ -262,7 +262,7 @@ def requirements_of(profile: ModelProfile, spec: JobSpec, data: DataProfile) -> 
     need = memory.worker_bytes(profile, spec.train.optimizer, spec.train.batch_size, 1)
     samples = cost.assumed_steps(profile, spec.train, data) * spec.train.batch_size
     hours = samples * cost.TRAINING_FACTOR * profile.flops_per_sample / (table.cores * _FLOPS_PER_CORE) / 3600
-    return Requirements(table.cores, need, need - memory.RESERVE_BYTES, hours, "layers", hours_source="layers")
+    return Requirements(table.cores, need, need - memory.RESERVE_BYTES, hours, "layers", "table", "layers")
 
 
 def condensed(found: tuple[LayerProfile, ...], limit: int) -> tuple[LayerProfile, ...]:

@@ -219,7 +219,7 @@ def kind_of(prefix: str, tensors: Mapping[str, tuple[int, ...]]) -> str:
 def family_of(groups: Mapping[str, _Group], kinds: Mapping[str, str]) -> tuple[Family, float]:
     """Family and how sure it is, from names and kinds of layers alone."""
     names = " ".join(groups).lower()
-    if any(_of_a_graph(prefix, group, groups) for prefix, group in groups.items()):
+    if _of_a_graph(groups):
         return Family.GNN, 0.6
     present = set(kinds.values())
     linear = sum(kind == "Linear" for kind in kinds.values())
@@ -227,6 +227,8 @@ def family_of(groups: Mapping[str, _Group], kinds: Mapping[str, str]) -> tuple[F
         return Family.TRANSFORMER, 0.9
     if {"Embedding", "LayerNorm"} <= present:
         return Family.TRANSFORMER, 0.7
+    if not present & {"LSTM", "GRU", "RNN", "Embedding"} and _convolves_over_a_graph(groups):
+        return Family.GNN, 0.6
     if any(kind.startswith("Conv") for kind in present):
         return Family.CNN, 0.8
     if present & {"LSTM", "GRU", "RNN"}:
@@ -240,18 +242,31 @@ def family_of(groups: Mapping[str, _Group], kinds: Mapping[str, str]) -> tuple[F
     return Family.UNKNOWN, 0.3
 
 
-def _of_a_graph(prefix: str, group: _Group, groups: Mapping[str, _Group]) -> bool:
-    """Whether a layer is one of those that pass messages along the edges of a graph. A convolution with a weight of two
-    dimensions is: those over images and texts have three at least."""
-    parent, _, last = prefix.rpartition(".")
-    beside = _GRAPH_SIBLINGS.get(last)
-    if any(pair <= group.tensors.keys() for pair in _GRAPH_ATTENTION) or _GRAPH_LAYER.search(prefix.lower()):
+def _of_a_graph(groups: Mapping[str, _Group]) -> bool:
+    """Whether there are layers that pass messages along the edges of a graph, by what they and their parts are called.
+    Their weights have two dimensions at most: a `gcn` with more is one of images."""
+    named = [group for prefix, group in groups.items() if _GRAPH_LAYER.search(prefix.lower())]
+    if named and all(len(group.tensors.get("weight", ())) < 3 for group in named):
         return True
-    if beside is not None and f"{parent}.{beside}".lstrip(".") in groups:
+    if any(pair <= group.tensors.keys() for pair in _GRAPH_ATTENTION for group in groups.values()):
         return True
-    within = last == "lin" and parent in groups and groups[parent].tensors.keys() == {"bias"}
-    convolves = _CONVOLVES.search(parent if within else prefix) is not None
-    return convolves and len(group.tensors.get("weight", ())) == 2 and group.tensors.keys() <= {"weight", "bias"}
+    for prefix in groups:
+        parent, _, last = prefix.rpartition(".")
+        beside = _GRAPH_SIBLINGS.get(last)
+        if beside is not None and f"{parent}.{beside}".lstrip(".") in groups:
+            return True
+    return False
+
+
+def _convolves_over_a_graph(groups: Mapping[str, _Group]) -> bool:
+    """A convolution with a weight of two dimensions does: those over images and texts have three at least."""
+    for prefix, group in groups.items():
+        parent, _, last = prefix.rpartition(".")
+        within = last == "lin" and parent in groups and groups[parent].tensors.keys() == {"bias"}
+        convolves = _CONVOLVES.search(parent if within else prefix) is not None
+        if convolves and len(group.tensors.get("weight", ())) == 2 and group.tensors.keys() <= {"weight", "bias"}:
+            return True
+    return False
 
 
 def foreign(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 from test_planner import DATA, node
 from test_review import CLEAR, PAIR, started
 
+from coordinator.planner import plan
 from coordinator.review import RECUT, Standing, Verdict, review
 from protos.ids import Fence, NodeId
 from protos.jobspec import JobSpec
 from protos.plan import Basis, ClusterView, Learned, NodeView, Plan
+from qtable.policy import Ledger
 from qtable.prior import load_prior
 
 KEY = "as it was"
@@ -37,10 +40,11 @@ def looked(
     shorter: float,
     cluster: ClusterView | None = None,
     learned: Learned | None = None,
+    step: int = 200,
 ) -> Verdict:
     """The group of `earlier` took `shorter` times what the one that runs takes."""
     step_s = running.estimate.step_s
-    standing = Standing(running, Fence(2), 200, 100, step_s, changes=1, earlier=(earlier,))
+    standing = Standing(running, Fence(2), step, 100, step_s, changes=1, earlier=(earlier,))
     known = replace(learned or Learned(), steps={KEY: shorter * step_s})
     view = replace(cluster or ClusterView(PAIR), learned=known)
     return review(standing, spec, CLEAR, DATA, view, load_prior().table())
@@ -72,6 +76,32 @@ def test_an_earlier_cut_of_the_nodes_that_work_has_to_be_clearly_quicker(
 
 def without_listener(view: NodeView) -> NodeView:
     return replace(view, capacity=replace(view.capacity, machine_id="", networks=()))
+
+
+def test_what_runs_is_shown_as_if_it_had_made_the_whole_job_as_all_others_are() -> None:
+    spec, made = started(*PAIR, profile=CLEAR, train={"batch_size": 64, "steps": 200_000})
+    verdict = looked(spec, made, uneven(made), 0.5, step=180_000)
+    assert verdict.plan is not None
+    rows = {each.strategy: each.seconds for each in verdict.plan.candidates}
+    measured, taken = rows["data_parallel as it is"], rows["data_parallel"]
+    assert measured is not None and taken is not None
+    assert measured == pytest.approx(2 * taken, rel=0.1)
+    assert not any("never explored" in why for each in verdict.plan.candidates if each.measured for why in each.reasons)
+
+
+@pytest.mark.parametrize(("slower", "back"), [(1.2, True), (1.02, False)])
+def test_the_quicker_of_two_strategies_over_the_same_nodes_stays_after_their_trials(slower: float, back: bool) -> None:
+    spec, made = started(*PAIR, profile=CLEAR, train={"batch_size": 64, "steps": 200_000})
+    asked, _ = started(*PAIR, profile=CLEAR, train={"batch_size": 64, "steps": 200_000}, strategy="model_parallel")
+    sharded = plan(asked, CLEAR, DATA, ClusterView(PAIR), load_prior().table(), random.Random(0), Ledger())
+    assert {part.node_id for part in sharded.subtasks} == {part.node_id for part in made.subtasks}
+    trial = replace(sharded, trials=("model_parallel",), trial_steps=20)
+    step_s = slower * made.estimate.step_s
+    standing = Standing(trial, Fence(2), 200, 100, step_s, changes=1, earlier=(made,))
+    view = ClusterView(PAIR, learned=Learned(steps={basis_of(made).combination: made.estimate.step_s}))
+    verdict = review(standing, spec, CLEAR, DATA, view, load_prior().table())
+    assert (verdict.plan is not None and verdict.plan.strategy == "data_parallel") == back
+    assert verdict.over == (not back)
 
 
 @pytest.mark.parametrize("third", [True, False])

@@ -33,6 +33,14 @@ OTHERS = {
         Family.TRANSFORMER,
     ),
     "a gate": ({"gate.weight": (8, 8), "gating.lin.weight": (8, 8), "gating.bias": (8,)}, Family.MLP),
+    "global convolutions": (
+        {"gcn1.l.0.weight": (2, 8, 7, 1), "gcn1.bn.weight": (2,), "gcn1.bn.bias": (2,)},
+        Family.CNN,
+    ),
+    "a squeezed convolution of a language model": (
+        {"emb.weight": (16, 8), "norm.weight": (8,), "norm.bias": (8,), "m.conv.weight": (8, 4), "m.conv.bias": (8,)},
+        Family.TRANSFORMER,
+    ),
     "a left side alone": ({"lin_l.weight": (8, 8), "lin_l.bias": (8,)}, Family.LINEAR),
 }
 
