@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import json
 import subprocess
 import sys
@@ -29,13 +28,7 @@ def sources(room: str) -> list[Path]:
 
 
 def parsed(path: Path) -> ast.Module:
-    """Python 3.11.7 and before fail where a garbage collection in between formats a traceback, which parses, too
-    (python/cpython#106905)."""
-    gc.disable()
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"))
-    finally:
-        gc.enable()
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

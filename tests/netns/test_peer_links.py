@@ -11,7 +11,7 @@ from tests.e2e.cluster import until
 from tests.netns.lan_cluster import LanCluster
 from tests.netns.machines import SUBNET, lan
 
-pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(180)]
 
 
 MEASUREMENTS = 3  # at most: a machine that has other things to do measures less than the link carries, never more
